@@ -1,0 +1,62 @@
+"""Packaging. The top-level folders install under one import name, `tiltopt`; see docs/architecture.md."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+# import name -> folder; everything else at the top level stays out of the wheel
+PACKAGE_DIR = {
+    "tiltopt": "tiltopt",
+    "tiltopt.samplers": "samplers",
+    "tiltopt.surrogates": "surrogates",
+    "tiltopt.rewards": "rewards",
+    "tiltopt.online": "online",
+    "tiltopt.config": "config",
+    "tiltopt.embedded": "checkpoints/embedded",
+    "tiltopt.embedded.recipe": "checkpoints/embedded/recipe",
+}
+
+setup(
+    name="tiltopt",
+    version="0.1.0",
+    description="Black-box optimisation of designs by sampling a pretrained diffusion model tilted toward reward",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=list(PACKAGE_DIR),
+    package_dir=PACKAGE_DIR,
+    package_data={
+        "tiltopt": ["py.typed"],
+        "tiltopt.config": ["*.py"],
+        "tiltopt.rewards": ["*.txt"],
+        "tiltopt.online": ["*.html", "*.txt", "templates/*", "prompts/*.txt"],
+        "tiltopt.embedded": ["README.md", "*.png", "pipeline/**/*", "pipeline/*", "clip/*", "judge/*"],
+    },
+    install_requires=[
+        "torch>=2.6",
+        "diffusers>=0.35",
+        "transformers>=4.50",
+        "accelerate>=1.6",
+        "botorch>=0.14",
+        "gpytorch>=1.14",
+        "ml_collections>=1.0",
+        "absl-py>=2.0",
+        "safetensors>=0.5",
+        "numpy>=1.26",
+        "scipy>=1.12",
+        "pillow>=10",
+        "pandas>=2.2",
+        "sqlalchemy>=2.0",
+        "tqdm>=4.66",
+        "jinja2>=3.1",
+        "wandb>=0.19",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "ruff", "mypy", "build", "scikit-learn", "POT"],
+        "recipe": ["fonttools>=4.50"],
+        "bench": ["cma>=4", "matplotlib>=3.9", "POT", "scikit-learn"],
+        "server": ["starlette", "uvicorn", "httpx", "openai", "psycopg[binary]"],
+    },
+    entry_points={"console_scripts": ["tiltopt=tiltopt.cli:main"]},
+)
