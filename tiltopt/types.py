@@ -35,9 +35,7 @@ class Conditioning:
         """The prompts at `index`, in that order."""
         rows = list(range(len(self.prompts)))[index] if isinstance(index, slice) else list(index)
         picked = torch.as_tensor(rows, dtype=torch.long)
-        return Conditioning(
-            tuple(self.prompts[i] for i in rows), _map(self.embeds, lambda t: t[picked.to(t.device)])
-        )
+        return Conditioning(tuple(self.prompts[i] for i in rows), _map(self.embeds, lambda t: t[picked.to(t.device)]))
 
 
 Potential = Callable[[Tensor, Conditioning], Tensor]
