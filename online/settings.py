@@ -195,6 +195,7 @@ def differences(old: Settings, new: Settings) -> list[str]:
 
 
 def _require(ok: bool, key: str, got: Any, expected: str) -> None:
+    """A ConfigError that names the key, unless `ok`."""
     if not ok:
         raise ConfigError(f"`{key}`: expected {expected}, got {got!r}.")
 
