@@ -145,7 +145,7 @@ class CLIPVision:
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
             raise ConfigError(
-                f"`{source}` is not a complete CLIPModel: {len(missing)} tensors are missing, for example {missing[0]}; "
+                f"`{source}` is not a complete CLIPModel: {len(missing)} tensors are missing, first {missing[0]}; "
                 "save the whole CLIPModel with save_pretrained."
             )
         image_size = model.config.vision_config.image_size
