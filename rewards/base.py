@@ -1,0 +1,175 @@
+"""What a black box is, what it answers, and how its options are checked before anything costs."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from PIL import Image
+
+from tiltopt.errors import ConfigError, RewardError
+
+
+class RewardOptionError(RewardError, ConfigError):
+    """A reward's name or options cannot be used; known before any model is loaded or any query is asked."""
+
+
+class Retry(RuntimeError):
+    """Raised by a black box that is to be asked again later, for instance after HTTP 429 with Retry-After.
+
+    Args:
+        after_s: seconds to wait before any further call; at least 0.
+        reason: what happened, for the record of a query that fails in the end.
+    """
+
+    def __init__(self, after_s: float, reason: str = "the black box asked to be called again later") -> None:
+        super().__init__(reason)
+        self.after_s = max(0.0, float(after_s))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer of a black box.
+
+    Args:
+        value: the reward, higher is better, in the reward's unit; NaN when the evaluation failed.
+        sem: standard error of `value`, same unit, or None when unknown.
+        error: why the evaluation failed, or None.
+        raw: what the black box literally said (text or JSON-able), kept for people.
+    """
+
+    value: float
+    sem: float | None = None
+    error: str | None = None
+    raw: Any = None
+
+    @property
+    def failed(self) -> bool:
+        """True when there is no finite value, or an error was reported."""
+        return self.error is not None or not math.isfinite(self.value)
+
+    @classmethod
+    def failure(cls, error: str, raw: Any = None) -> Answer:
+        """An answer without a value."""
+        return cls(value=math.nan, error=error, raw=raw)
+
+
+@runtime_checkable
+class BlackBox(Protocol):
+    """Scores images: `(images, prompts) -> one float or Answer per image`; higher is better, NaN = failed.
+
+    name: what the reward is called. unit: of its values. batch_size: how many images to hand over in one call.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def unit(self) -> str: ...
+
+    @property
+    def batch_size(self) -> int: ...
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Sequence[float | Answer]:
+        """Scores of n images and their n prompts, in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class FunctionReward:
+    """A plain function with the attributes of a `BlackBox`."""
+
+    name: str
+    unit: str
+    batch_size: int
+    function: Callable[[Sequence[Image.Image], Sequence[str]], Sequence[float | Answer]]
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Sequence[float | Answer]:
+        if len(images) != len(prompts):
+            raise RewardError(
+                f"reward `{self.name}`: expected one prompt per image, got {len(images)} images and {len(prompts)} "
+                "prompts; pass lists of equal length."
+            )
+        return self.function(images, prompts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options that every reward takes; subclasses add their own and check values in `__post_init__`.
+
+    Args:
+        batch_size: images per call, at least 1.
+    """
+
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, f"`batch_size` must be at least 1, got {self.batch_size}; 1 is one image.")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises `RewardOptionError(message)` unless `condition` holds."""
+    if not condition:
+        raise RewardOptionError(message)
+
+
+def near(word: str, known: Sequence[str]) -> str:
+    """'; did you mean x?' for a close match, else an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
+    close = close or [candidate for candidate in known if len(word) > 2 and word in candidate]
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+OptionsT = TypeVar("OptionsT", bound=Options)
+
+
+def parse_options(reward: str, cls: type[OptionsT], given: Mapping[str, Any]) -> OptionsT:
+    """`cls(**given)` after checking names, presence and types; costs nothing.
+
+    Raises:
+        RewardOptionError: an option is unknown, missing, of the wrong type or impossible.
+    """
+    known = {f.name: f for f in fields(cls)}
+    for key in given:
+        require(
+            key in known,
+            f"reward `{reward}` has no option `{key}`; it takes {', '.join(sorted(known))}"
+            f"{near(str(key), list(known))}",
+        )
+    for key, field in known.items():
+        needed = field.default is MISSING and field.default_factory is MISSING
+        require(not needed or key in given, f"reward `{reward}` needs the option `{key}`, got none; set it.")
+    hints = typing.get_type_hints(cls)
+    clean = {key: _typed(reward, key, hints[key], value) for key, value in given.items()}
+    try:
+        return cls(**clean)
+    except RewardOptionError as error:
+        raise RewardOptionError(f"reward `{reward}`: {error}") from None
+
+
+def _typed(reward: str, key: str, hint: Any, value: Any) -> Any:
+    """`value` if it fits the annotation; an int is taken for a float, a list for a tuple, a mapping for a dict."""
+    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for choice in choices:
+        origin = typing.get_origin(choice) or choice
+        if choice is type(None) and value is None:
+            return None
+        if origin is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if origin is int and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if origin in (str, bool) and isinstance(value, origin):
+            return value
+        if origin is tuple and isinstance(value, (list, tuple)):
+            return tuple(value)
+        if origin is dict and isinstance(value, Mapping):
+            return dict(value)
+    expected = " or ".join("none" if c is type(None) else getattr(c, "__name__", str(c)) for c in choices)
+    raise RewardOptionError(
+        f"reward `{reward}`: option `{key}` must be {expected}, got {value!r} ({type(value).__name__}); change it."
+    )

@@ -1,0 +1,152 @@
+"""A user's own reward, named `module:function` or `path/to/file.py:function`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tiltopt.errors import RewardError
+from tiltopt.rewards.base import FunctionReward, RewardOptionError, require
+
+REMEDY = "define `def {function}(images, prompts): return [one float per image]` and name it module:function."
+OWN = ("batch_size", "unit")
+
+
+def split(name: str) -> tuple[str, str]:
+    """'module:function' -> (module, function).
+
+    Raises:
+        RewardOptionError: one of the two is missing.
+    """
+    module, _, function = name.rpartition(":")
+    require(
+        bool(module) and function.isidentifier(),
+        f"a reward of your own is named module:function or file.py:function, got {name!r}; for instance my_lab:score.",
+    )
+    return module, function
+
+
+def find_file(module: str) -> Path | None:
+    """The file that holds the module when it is given by path, or lies in the working directory; else None."""
+    if module.endswith(".py"):
+        return Path(module)
+    local = Path(*module.split(".")).with_suffix(".py")
+    return local if local.is_file() else None
+
+
+def validate(name: str, options: Mapping[str, Any]) -> None:
+    """Checks that the module can be found and that `batch_size` and `unit` make sense, without running any of it.
+
+    Raises:
+        RewardOptionError: it cannot be found.
+    """
+    module, _ = split(name)
+    batch_size, unit = options.get("batch_size", 1), options.get("unit", "")
+    require(
+        isinstance(batch_size, int) and not isinstance(batch_size, bool) and batch_size >= 1,
+        f"reward `{name}`: option `batch_size` must be an int of at least 1, got {batch_size!r}; 1 is the default.",
+    )
+    require(isinstance(unit, str), f"reward `{name}`: option `unit` must be a text, got {unit!r}; change it.")
+    path = find_file(module)
+    if path is not None:
+        require(path.is_file(), f"reward `{name}`: expected a Python file, but {path} does not exist; check the path.")
+        return
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError, AttributeError):
+        found = False
+    require(
+        found,
+        f"reward `{name}`: expected an importable module or a file in the working directory, but {module!r} is "
+        "neither; install it, or give the path as file.py:function.",
+    )
+
+
+def load(name: str, options: Mapping[str, Any]) -> FunctionReward:
+    """The reward called `name`; options other than `batch_size` (default 1) and `unit` go to the function by name.
+
+    A class is instantiated with those options first, so that a model is loaded once; its instances are then called.
+
+    Raises:
+        RewardError: it cannot be imported, is not callable, or cannot be called as `function(images, prompts)`.
+    """
+    validate(name, options)
+    module, function = split(name)
+    loaded = _import(name, module)
+    if not hasattr(loaded, function):
+        raise RewardError(f"reward `{name}`: {module!r} has no {function!r}; " + REMEDY.format(function=function))
+    target = getattr(loaded, function)
+    extra = {key: value for key, value in options.items() if key not in OWN}
+    if inspect.isclass(target):
+        target, extra = _instance(name, target, extra), {}
+    check_signature(name, target, extra)
+    call = (lambda images, prompts: target(images, prompts, **extra)) if extra else target
+    return FunctionReward(name, options.get("unit", ""), options.get("batch_size", 1), call)
+
+
+def check_signature(name: str, target: Any, extra: Mapping[str, Any]) -> None:
+    """Raises `RewardError` unless `target(images, prompts, **extra)` is a possible call."""
+    function = name.rpartition(":")[2]
+    if not callable(target):
+        raise RewardError(
+            f"reward `{name}`: expected a function, got {type(target).__name__}; " + REMEDY.format(function=function)
+        )
+    signature = _signature(target)
+    if signature is None:
+        return
+    try:
+        signature.bind(object(), object(), **extra)
+    except TypeError as error:
+        given = f" with the options {', '.join(sorted(extra))}" if extra else ""
+        raise RewardOptionError(
+            f"reward `{name}`: expected to call it as {function}(images, prompts){given}, but its signature is "
+            f"{function}{signature} ({error}); " + REMEDY.format(function=function)
+        ) from None
+    if inspect.iscoroutinefunction(target):
+        raise RewardError(f"reward `{name}`: expected a plain function, got `async def`; wrap it in asyncio.run.")
+
+
+def _signature(target: Callable[..., Any]) -> inspect.Signature | None:
+    """Its signature, or None for built-ins that have none."""
+    try:
+        return inspect.signature(target)
+    except (TypeError, ValueError):
+        return None
+
+
+def _instance(name: str, cls: type, extra: Mapping[str, Any]) -> Any:
+    """`cls(**extra)`, with what went wrong said in full."""
+    try:
+        return cls(**extra)
+    except Exception as error:
+        raise RewardError(
+            f"reward `{name}`: expected {cls.__name__}({', '.join(extra)}) to give a callable object, but it raised "
+            f"{type(error).__name__}: {error}; fix the class or its options."
+        ) from error
+
+
+def _import(name: str, module: str) -> ModuleType:
+    """The module, from its file or from the installed packages."""
+    path = find_file(module)
+    try:
+        if path is None:
+            return importlib.import_module(module)
+        key = f"tiltopt_user_{path.stem}_{abs(hash(str(path.resolve())))}"
+        spec = importlib.util.spec_from_file_location(key, path)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{path} is not a Python file")
+        loaded = importlib.util.module_from_spec(spec)
+        sys.modules[key] = loaded  # dataclasses and typing look their module up here
+        spec.loader.exec_module(loaded)
+        return loaded
+    except Exception as error:
+        raise RewardError(
+            f"reward `{name}`: expected {module!r} to import, but it raised {type(error).__name__}: {error}; run "
+            f"`python -c 'import {Path(module).stem}'` to see where."
+        ) from error
