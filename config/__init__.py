@@ -1,0 +1,1 @@
+"""Configuration files. They are loaded by path (`--config config/ucb.py:demo`), never imported."""

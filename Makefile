@@ -1,0 +1,44 @@
+# make demo   set-up, then the main job on the embedded prior
+# make test   set-up, then every test
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: setup demo test lint types smoke check wheel clean-run
+
+setup: $(STAMP)
+
+# torch first and pinned: on Linux a loose requirement would bring several gigabytes of CUDA libraries
+$(STAMP): setup.py pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test,server,bench]"
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		online/main.py --config config/ucb.py:demo $(ARGS)
+
+smoke: $(STAMP)
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		online/main.py --config config/ucb.py:smoke $(ARGS)
+
+test: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# types are checked against the built wheel: type checkers do not follow the folder mapping of an editable install
+types: $(STAMP)
+	rm -rf build dist .types
+	$(BIN)/python -m build --wheel --quiet --no-isolation
+	$(BIN)/python -m zipfile -e dist/*.whl .types
+	cd .types && MYPYPATH=. ../$(BIN)/python -m mypy --config-file ../pyproject.toml -p tiltopt
+	rm -rf .types
+
+check: lint types

@@ -1,0 +1,22 @@
+"""Optimism by the most hopeful member of a bootstrap ensemble (four members, as published).
+
+    accelerate launch online/main.py --config config/bootstrap.py:demo
+    accelerate launch online/main.py --config config/bootstrap.py:jpeg --config.sampler.num_particles=8
+
+The published bootstrap experiments ask 256 + 16 x 256 queries.
+"""
+
+from ml_collections import ConfigDict
+
+from tiltopt.online.presets import preset
+
+
+def get_config(name: str = "demo") -> ConfigDict:
+    config = preset(name)
+    config.model.name = "ensemble"
+    config.model.num_members = 4
+    if config.acquisition.name != "mean":
+        config.acquisition.name = "max_member"
+    if name in ("aesthetic", "jpeg"):
+        config.initial_batch_size = 256
+    return config.lock()

@@ -1,0 +1,16 @@
+"""An exact Gaussian process with log expected improvement; sparse variational beyond a few thousand answers.
+
+accelerate launch online/main.py --config config/gp.py:demo
+"""
+
+from ml_collections import ConfigDict
+
+from tiltopt.online.presets import preset
+
+
+def get_config(name: str = "demo") -> ConfigDict:
+    config = preset(name)
+    config.model.name = "gp"
+    if config.acquisition.name != "mean":
+        config.acquisition.name = "log_ei"
+    return config.lock()

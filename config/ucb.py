@@ -1,0 +1,20 @@
+"""Optimism by an upper confidence bound: posterior mean + sqrt(beta) posterior standard deviations.
+
+    accelerate launch online/main.py --config config/ucb.py:demo
+    accelerate launch online/main.py --config config/ucb.py:aesthetic
+
+The published UCB experiments ask 16 + 16 x 256 queries with a bonus of .01 standard deviations.
+"""
+
+from ml_collections import ConfigDict
+
+from tiltopt.online.presets import preset
+
+
+def get_config(name: str = "demo") -> ConfigDict:
+    config = preset(name)
+    config.model.name = "last_layer"
+    if config.acquisition.name != "mean":
+        config.acquisition.name = "ucb"
+        config.acquisition.beta = 1.0 if "demo" in name or name == "smoke" else 1e-4
+    return config.lock()

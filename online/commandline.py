@@ -1,0 +1,123 @@
+"""From a command line to a configuration: `--config FILE[:PRESET] --config.KEY=VALUE ...`, refused early, in one line."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.resources
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict
+from ml_collections.config_flags import config_flags
+
+from tiltopt.errors import ConfigError
+
+OPEN_SECTIONS = ("reward", "model", "sampler")
+"""Sections whose further keys are options of the reward, the surrogate and the sampler, which check them themselves."""
+
+USAGE = "usage: --config FILE.py[:PRESET] [--config.KEY=VALUE ...], for example --config config/ucb.py:demo"
+
+
+def parse(argv: Sequence[str]) -> ConfigDict:
+    """The configuration that a command line names, with its overrides applied, locked.
+
+    Args:
+        argv: arguments without the program's name.
+
+    Raises:
+        ConfigError: no or unknown file, unknown preset, unknown key, or a value of the wrong type.
+    """
+    source, overrides = _split(argv)
+    config = _flagged(source, [])
+    known, options = [], []
+    for key, text in overrides:
+        section, _, rest = key.partition(".")
+        is_option = (
+            section in OPEN_SECTIONS and rest and "." not in rest and section in config and rest not in config[section]
+        )
+        (options if is_option else known).append((key, text))
+    for key, _ in known:
+        _check_key(config, key)
+    config = _flagged(source, [f"--config.{key}={text}" for key, text in known])
+    with config.unlocked():
+        for key, text in options:
+            section, _, option = key.partition(".")
+            config[section][option] = _literal(text)
+    return config.lock()
+
+
+def _split(argv: Sequence[str]) -> tuple[str, list[tuple[str, str]]]:
+    """`FILE[:PRESET]` and the (key, value) overrides of an argument list."""
+    source, overrides, rest = None, [], list(argv)
+    while rest:
+        argument = rest.pop(0)
+        name, equals, value = argument.lstrip("-").partition("=")
+        if not argument.startswith("-") or not (name == "config" or name.startswith("config.")):
+            raise ConfigError(f"unexpected argument {argument!r}; {USAGE}.")
+        if not equals:
+            if not rest:
+                raise ConfigError(f"{argument} needs a value; {USAGE}.")
+            value = rest.pop(0)
+        if name == "config":
+            source = value
+        else:
+            overrides.append((name.removeprefix("config."), value))
+    if source is None:
+        raise ConfigError(f"no configuration was given; {USAGE}.")
+    file, colon, preset = source.partition(":")
+    return f"{_find(file)}{colon}{preset}", overrides
+
+
+def _find(file: str) -> Path:
+    """The file itself, or the shipped one of the same name when `config/NAME.py` is not in the working directory."""
+    path = Path(file)
+    if path.is_file():
+        return path
+    shipped = Path(str(importlib.resources.files("tiltopt.config"))) / path.name
+    if path.parent.name == "config" and shipped.is_file():
+        return shipped
+    names = ", ".join(sorted(f"config/{p.name}" for p in shipped.parent.glob("[a-z]*.py")))
+    raise ConfigError(
+        f"`--config`: expected a configuration file, got {file!r}, which does not exist. Shipped: {names}."
+    )
+
+
+def _flagged(source: str, overrides: list[str]) -> ConfigDict:
+    values = flags.FlagValues()
+    argv = ["tiltopt", f"--config={source}", *overrides]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+    except flags.IllegalFlagValueError as error:
+        # ml_collections writes the traceback of a configuration file into the message; its last line says what is wrong
+        last = [line for line in str(error).splitlines() if line.strip()][-1].strip()
+        raise ConfigError(re.sub(r"^[\w.]*(Error|Exception): |^flag --config\.", "", last)) from None
+    config = values["config"].value
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"`--config`: {source} must define get_config(name) that returns a ConfigDict.")
+    return config
+
+
+def _check_key(config: ConfigDict, key: str) -> None:
+    node, path = config, ""
+    for part in key.split("."):
+        if not isinstance(node, ConfigDict) or part not in node:
+            known = sorted(node.keys()) if isinstance(node, ConfigDict) else []
+            near = difflib.get_close_matches(part, known, n=1)
+            hint = f"Did you mean `{path}{near[0]}`?" if near else f"Known here: {', '.join(known) or 'nothing'}."
+            raise ConfigError(f"unknown configuration key `{key}`. {hint}")
+        node, path = node[part], f"{path}{part}."
+
+
+def _literal(text: str) -> Any:
+    """A Python literal where `text` is one (numbers, lists, true, false), else the text."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
