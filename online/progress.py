@@ -1,0 +1,178 @@
+"""What a person watches while a run works: bars on a terminal, one plain line per round anywhere else."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+UNITS = {"denoise": "step", "black box": "answer", "fit": "step"}
+
+
+class Hook:
+    """What a run tells whoever listens. Every method does nothing; subclasses override what they care about."""
+
+    def on_round_start(self, round: int, queries_planned: int) -> None:
+        """Round `round` (from 0) starts and will ask `queries_planned` queries."""
+
+    def on_progress(self, kind: str, done: int, total: int) -> None:
+        """`done` of `total` pieces of work of a kind are finished; kinds: "denoise", "black box", "fit"."""
+
+    def on_answer(self, id: int, value: float | None) -> None:
+        """Query `id` was answered; None or NaN when its evaluation failed."""
+
+    def on_round_end(self, record: Mapping[str, Any]) -> None:
+        """The round is complete; `record` is what its `summary.json` holds."""
+
+    def close(self) -> None:
+        """Nothing more will come."""
+
+
+class Hooks(Hook):
+    """Several hooks as one, called in order.
+
+    Args:
+        hooks: the hooks; None entries are left out.
+    """
+
+    def __init__(self, hooks: Iterable[Hook | None] = ()) -> None:
+        self.hooks: tuple[Hook, ...] = tuple(hook for hook in hooks if hook is not None)
+
+    def on_round_start(self, round: int, queries_planned: int) -> None:
+        for hook in self.hooks:
+            hook.on_round_start(round, queries_planned)
+
+    def on_progress(self, kind: str, done: int, total: int) -> None:
+        for hook in self.hooks:
+            hook.on_progress(kind, done, total)
+
+    def on_answer(self, id: int, value: float | None) -> None:
+        for hook in self.hooks:
+            hook.on_answer(id, value)
+
+    def on_round_end(self, record: Mapping[str, Any]) -> None:
+        for hook in self.hooks:
+            hook.on_round_end(record)
+
+    def close(self) -> None:
+        for hook in self.hooks:
+            hook.close()
+
+
+class Progress(Hook):
+    """Bars with rates and time left for rounds, denoising steps, black-box calls and surrogate fits.
+
+    On a terminal: one bar for the rounds and below it one for the work in hand. Elsewhere (a log file, a pipe): one
+    plain line per round on `out`, without carriage returns. Processes other than the main one say nothing.
+
+    Args:
+        rounds: rounds of the run, round 0 included.
+        done: rounds that were complete before this process started.
+        unit: of the reward, for the line of text.
+        main: whether this process speaks.
+        err: where bars go; `sys.stderr` when None.
+        out: where lines go; `sys.stdout` when None.
+    """
+
+    def __init__(
+        self,
+        rounds: int,
+        *,
+        done: int = 0,
+        unit: str = "",
+        main: bool = True,
+        err: TextIO | None = None,
+        out: TextIO | None = None,
+    ) -> None:
+        self.rounds = rounds
+        self.unit = unit
+        self.main = main
+        self.err = sys.stderr if err is None else err
+        self.out = sys.stdout if out is None else out
+        self.terminal = main and self.err.isatty()
+        self.best: float | None = None
+        self.kind = ""
+        self.work: tqdm | None = None
+        self.outer: tqdm | None = None
+        if self.terminal:
+            self.outer = self._bar("rounds", rounds, "round", 0, initial=done)
+
+    def on_round_start(self, round: int, queries_planned: int) -> None:
+        if self.outer is not None:
+            self.outer.set_description(f"round {round} of {self.rounds - 1}, {queries_planned} queries")
+
+    def on_progress(self, kind: str, done: int, total: int) -> None:
+        if not self.terminal or total <= 0:
+            return
+        if self.work is None or self.kind != kind or self.work.total != total or done < self.work.n:
+            self._end_work()
+            self.kind = kind
+            self.work = self._bar(f"  {kind}", total, UNITS.get(kind, "it"), 1)
+        self.work.update(done - self.work.n)
+        if done >= total:
+            self._end_work()
+
+    def on_answer(self, id: int, value: float | None) -> None:
+        if value is None or not math.isfinite(value):
+            return
+        self.best = value if self.best is None else max(self.best, value)
+        if self.outer is not None:
+            self.outer.set_postfix_str(f"best {self.best:.4g} {self.unit}".rstrip())
+
+    def on_round_end(self, record: Mapping[str, Any]) -> None:
+        if not self.main:
+            return
+        self._end_work()
+        if self.outer is not None:
+            self.outer.update(1)
+        else:
+            print(round_line(record, self.rounds, self.unit), file=self.out, flush=True)
+
+    def close(self) -> None:
+        """Ends every bar, so that what is printed next starts on a clean line."""
+        self._end_work()
+        if self.outer is not None:
+            self.outer.close()
+            self.outer = None
+            self.terminal = False
+
+    def progress(self, kind: str) -> Callable[[int, int], None]:
+        """A callback (done, total) that reports work of this kind."""
+        return lambda done, total: self.on_progress(kind, done, total)
+
+    def _bar(self, text: str, total: int, unit: str, position: int, initial: int = 0) -> tqdm:
+        return tqdm(
+            total=total,
+            desc=text,
+            unit=unit,
+            position=position,
+            initial=initial,
+            leave=position == 0,
+            file=self.err,
+            dynamic_ncols=True,
+        )
+
+    def _end_work(self) -> None:
+        if self.work is not None:
+            self.work.close()
+            self.work = None
+
+
+def round_line(record: Mapping[str, Any], rounds: int, unit: str = "") -> str:
+    """One round in one line of plain text; what the record does not hold is left out."""
+    parts = [f"round {record.get('round', '?')}/{rounds - 1}"]
+    if record.get("queries") is not None:
+        parts.append(f"{record['queries']} queries")
+    for key, label in (("mean", "mean"), ("best", "best"), ("predicted_mean", "predicted")):
+        if record.get(key) is not None:
+            parts.append(f"{label} {record[key]:.4g}" + (f" {unit}" if unit else ""))
+    if record.get("fidelity") is not None:
+        parts.append(f"fidelity {record['fidelity']:.2f}")
+    if record.get("ess_mean") is not None:
+        parts.append(f"ESS {record['ess_mean']:.2f}")
+    if record.get("seconds") is not None:
+        parts.append(f"{record['seconds']:.1f} s")
+    return ", ".join(parts)

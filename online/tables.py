@@ -1,0 +1,72 @@
+"""Aligned plain text for people at a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+ROUND_COLUMNS = (
+    ("round", "round"),
+    ("queries", "queries"),
+    ("mean", "mean"),
+    ("best", "best"),
+    ("predicted_mean", "predicted"),
+    ("ess_mean", "ESS"),
+    ("fidelity", "fidelity"),
+    ("seconds", "seconds"),
+)
+DECIMALS = {"ess_mean": 2, "fidelity": 2, "seconds": 1}
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns separated by two spaces: the first aligned left, the others right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = (
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "  ".join([first, *rest]).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
+
+
+def round_table(summary: Mapping[str, Any]) -> str:
+    """The rounds of a `summary.json`, then the prior and best-of-N to compare with; a dash where there is no number.
+
+    Queries are counted over the run so far. Rewards are in the unit named below the table.
+    """
+    rows = [[cell(row.get(key), DECIMALS.get(key, 3)) for key, _ in ROUND_COLUMNS] for row in summary["rounds"]]
+    lines = [table([label for _, label in ROUND_COLUMNS], rows)]
+    unit = f" {summary['unit']}" if summary.get("unit") else ""
+    prior = summary.get("prior", {})
+    if prior.get("mean") is not None:
+        count = f"{prior['samples']} " if prior.get("samples") else ""
+        lines.append(
+            f"prior: mean {cell(prior['mean'])}, 95th percentile {cell(prior.get('p95'))}{unit} "
+            f"({count}plain samples{_fidelity(prior.get('fidelity'))})"
+        )
+    if summary.get("best_of_n") is not None:
+        lines.append(f"best-of-N with as many queries: {cell(summary['best_of_n'])}{unit}")
+    trouble = [f"{summary[key]} {key}" for key in ("failed", "abandoned") if summary.get(key)]
+    if trouble:
+        lines.append("queries without an answer: " + ", ".join(trouble))
+    return "\n".join(lines)
+
+
+def cell(value: Any, decimals: int = 3) -> str:
+    """A number with fixed decimals (significant digits when it is large), an integer as it is, None as a dash."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, int):
+        return str(value)
+    if value != value:
+        return "-"
+    return f"{value:.{decimals}f}" if abs(value) < 1e5 else f"{value:.4g}"
+
+
+def _fidelity(value: float | None) -> str:
+    return "" if value is None else f", fidelity {value:.2f}"
