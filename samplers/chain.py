@@ -22,6 +22,17 @@ from torch import Tensor
 from tiltopt.errors import PriorError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+_SCHEDULE_KEYS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "prediction_type",
+    "clip_sample",
+    "clip_sample_range",
+)
 
 
 @dataclass(frozen=True)
@@ -137,9 +148,10 @@ def as_ddim(scheduler: Any) -> DDIMScheduler:
             f"dynamic thresholding makes x0 depend on the whole picture's quantile, got thresholding=True in {name}; "
             "set it to False"
         )
-    config.setdefault("clip_sample", False)
+    # from_config puts DDIM's defaults in place of the defaults of another class; these must stay as they are
+    kept = {key: config[key] for key in _SCHEDULE_KEYS if key in config}
     try:
-        ddim = DDIMScheduler.from_config(config)
+        ddim = DDIMScheduler.from_config(config, **({"clip_sample": False} | kept))
     except (NotImplementedError, ValueError, TypeError) as error:
         raise PriorError(f"the configuration of {name} cannot be read as a DDIM schedule: {error}") from error
     if ddim.config.prediction_type not in PREDICTION_TYPES:

@@ -14,10 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 WIDTH = 16
 LENGTH = 24  # tokens, as in the embedded tokenizer
@@ -141,6 +155,31 @@ def tiny_pipeline(
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
+        )
+        pipe.save_pretrained(folder)
+    return Path(folder)
+
+
+def tiny_pipeline_xl(folder: str | Path, *, size: int = 8, seed: int = 0) -> Path:
+    """Saves a StableDiffusionXLPipeline with random weights: two text towers, latents (4, size, size)."""
+    options: dict[str, Any] = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + WIDTH,
+        "cross_attention_dim": 2 * WIDTH,
+    }
+    with quiet():
+        pipe = StableDiffusionXLPipeline(
+            unet=unet(size, seed, **options),
+            vae=vae("kl", seed + 1),
+            text_encoder=randomise(CLIPTextModel(text_config()), seed + 2),
+            text_encoder_2=randomise(CLIPTextModelWithProjection(text_config()), seed + 3),
+            tokenizer=tokenizer(),
+            tokenizer_2=tokenizer(),
+            scheduler=DDIMScheduler(
+                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
+            ),
+            add_watermarker=False,
         )
         pipe.save_pretrained(folder)
     return Path(folder)
