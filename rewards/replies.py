@@ -1,0 +1,82 @@
+"""Reading what a black box returned: one `Answer` per image, and in plain words what could not be read."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from tiltopt.rewards.base import Answer
+
+SHAPE = "return a list with one float (or Answer) per image, in order, float('nan') for a failed evaluation."
+
+
+def read_reply(name: str, reply: Any, count: int) -> tuple[list[Answer | None], list[str]]:
+    """What `count` images were answered.
+
+    Args:
+        name: of the reward, for messages.
+        reply: whatever the black box returned: a sequence of `count` numbers or `Answer`s, or a 1-D array of numbers.
+        count: images that were handed over.
+
+    Returns:
+        One entry per image, None where nothing usable came, and one message per problem (empty if all is well). A
+        value that is not finite is a failed `Answer`, not a problem.
+    """
+    values = _as_list(reply)
+    if values is None:
+        shown = f"{type(reply).__name__} {str(reply)[:60]!r}"
+        return [None] * count, [f"reward `{name}`: expected {count} values, got {shown}; {SHAPE}"]
+    if len(values) != count:
+        return [None] * count, [f"reward `{name}`: expected {count} values, got {len(values)}; {SHAPE}"]
+    answers = [_answer(value) for value in values]
+    problems = [
+        f"reward `{name}`: expected a number for image {i + 1} of {count}, got {type(value).__name__} "
+        f"{str(value)[:60]!r}; {SHAPE}"
+        for i, (value, answer) in enumerate(zip(values, answers, strict=True))
+        if answer is None
+    ]
+    return answers, problems
+
+
+def _as_list(reply: Any) -> list[Any] | None:
+    """A list of the reply's entries; None for what is not a sequence of values (text, numbers, mappings, matrices)."""
+    if isinstance(reply, (str, bytes, bytearray)):
+        return None
+    if isinstance(reply, Sequence):
+        return list(reply)
+    if hasattr(reply, "tolist") and getattr(reply, "ndim", None) == 1:
+        return list(reply.tolist())
+    return None
+
+
+def _answer(value: Any) -> Answer | None:
+    """The entry as an `Answer`; None unless it is a number or an `Answer` around one."""
+    if isinstance(value, Answer):
+        number = _number(value.value)
+        if number is None:
+            return None
+        sem = None if value.sem is None else _number(value.sem)
+        if value.sem is not None and (sem is None or not math.isfinite(sem) or sem < 0):
+            return Answer.failure(f"the standard error must be at least 0 and finite, got {value.sem!r}", value.raw)
+        if value.error is None and not math.isfinite(number):
+            return Answer.failure(f"the black box returned {number}", value.raw)
+        return replace(value, value=number, sem=sem)
+    number = _number(value)
+    if number is None:
+        return None
+    return Answer(number) if math.isfinite(number) else Answer.failure(f"the black box returned {number}")
+
+
+def _number(value: Any) -> float | None:
+    """A real number, or a 0-dimensional array of one, as float; else None."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    if not isinstance(value, numbers.Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
