@@ -1,4 +1,4 @@
-"""From a command line to a configuration: `--config FILE[:PRESET] --config.KEY=VALUE ...`, refused early, in one line."""
+"""From a command line to a configuration: `--config FILE[:PRESET] --config.KEY=VALUE`, refused early, in one line."""
 
 from __future__ import annotations
 

@@ -90,9 +90,10 @@ def paper() -> ConfigDict:
     Differences from the published settings, and why:
     - `sampler.tempering`: published is "exp" with gamma = .008. "calibrated" learns the schedule from round 0;
       `--config.sampler.tempering=exp` restores the published one.
-    - `sampler.resampling`: published is "ssp" drawn from a generator no seed reaches; "systematic" has the same variance
-      order and is reproducible here, as is our "ssp".
-    - `sampler.select`: published takes the particle of largest weight, which is biased and less diverse; "draw" samples.
+    - `sampler.resampling`: published is "ssp", from a generator that no seed reaches; "systematic" is as low in
+      variance, and reproducible here, as is our "ssp".
+    - `sampler.select`: published takes the particle of largest weight, which is biased and less diverse; "draw" is a
+      sample of the target.
     - `features.kind`: the projection, as published. The patch mean predicts more rewards better.
     """
     config = base()

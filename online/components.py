@@ -1,0 +1,116 @@
+"""From settings to the sampler, and every check of a configuration that costs no model and no money."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any
+
+from tiltopt import rewards, samplers
+from tiltopt.errors import ConfigError, TiltoptError
+from tiltopt.online.prompts import load_prompts
+from tiltopt.online.settings import Settings
+from tiltopt.surrogates import ACQUISITIONS, MODELS
+
+SAMPLERS: dict[str, type] = {
+    "das": samplers.DAS,
+    "tds": samplers.TDS,
+    "fk_steering": samplers.FKSteering,
+    "best_of_n": samplers.BestOfN,
+    "guidance": samplers.Guidance,
+    "prior_only": samplers.PriorOnly,
+    "demon": samplers.Demon,
+}
+GUIDED = ("das", "tds", "guidance")
+"""Samplers that drift along a gradient: they need stochastic steps, eta > 0."""
+
+SELECT = ("draw", "argmax")
+
+
+def make_sampler(settings: Settings, **changes: Any) -> Any:
+    """The sampler that `settings.sampler` names.
+
+    Options of another sampler are left aside (a preset written for DAS serves `sampler.name=best_of_n`); an option that
+    no sampler has is refused.
+
+    Args:
+        changes: constructor arguments that the engine sets, such as a calibration; ignored where unknown.
+    """
+    name = settings.sampler.name
+    if name not in SAMPLERS:
+        raise ConfigError(f"`sampler.name`: expected one of {', '.join(SAMPLERS)}, got {name!r}.")
+    cls = SAMPLERS[name]
+    accepted = {f.name for f in dataclasses.fields(cls) if f.init}
+    anywhere = {"select"} | {f.name for c in SAMPLERS.values() for f in dataclasses.fields(c) if f.init}
+    for key in settings.sampler.options:
+        if key not in anywhere:
+            near = difflib.get_close_matches(key, anywhere, n=1)
+            hint = f"Did you mean `sampler.{near[0]}`?" if near else f"Options: {', '.join(sorted(accepted))}."
+            raise ConfigError(f"unknown configuration key `sampler.{key}`. {hint}")
+    options = {k: v for k, v in settings.sampler.options.items() if k in accepted}
+    options |= {k: v for k, v in changes.items() if k in accepted}
+    try:
+        return cls(**options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"`sampler.{name}`: {error}") from error
+
+
+def select_rule(settings: Settings) -> str:
+    """How the one design of a query is taken from its weighted particles: "draw" or "argmax"."""
+    rule = settings.sampler.options.get("select", "draw")
+    if rule not in SELECT:
+        raise ConfigError(
+            f"`sampler.select`: expected one of {', '.join(SELECT)} (a query is one design), got {rule!r}."
+        )
+    return rule
+
+
+def check(settings: Settings) -> None:
+    """Refuse what can be known to fail before a model is loaded or a query is paid for.
+
+    Raises:
+        ConfigError: with the key, what was expected, what came.
+    """
+    load_prompts(settings.prompts)
+    make_sampler(settings)
+    select_rule(settings)
+    if settings.sampler.name in GUIDED and settings.prior.eta == 0:
+        raise ConfigError(
+            f"`prior.eta`: the guided sampler {settings.sampler.name!r} needs stochastic steps, eta > 0, got 0. "
+            "Set --config.prior.eta=1, or use --config.sampler.name=best_of_n."
+        )
+    _one_of("model.name", settings.model.name, MODELS)
+    _one_of("acquisition.name", settings.acquisition.name, ACQUISITIONS)
+    _check_path("prior.path", settings.prior.path, "model_index.json", "a StableDiffusionPipeline folder")
+    _check_path("features.path", settings.features.path, "config.json", "a CLIPModel folder")
+    try:
+        rewards.validate(settings.reward.name, settings.reward.options)
+    except TiltoptError as error:
+        raise ConfigError(f"`reward`: {error}") from error
+    if settings.surrogate:
+        folder = Path(settings.surrogate)
+        if not (folder / "surrogate.json").is_file():
+            raise ConfigError(
+                f"`surrogate`: expected the folder of a saved surrogate, such as checkpoints/<run>/round_004, got "
+                f"{settings.surrogate!r}, which holds no surrogate.json."
+            )
+
+
+def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        near = difflib.get_close_matches(value, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"`{key}`: expected one of {', '.join(known)}, got {value!r}.{hint}")
+
+
+def _check_path(key: str, value: str, marker: str, what: str) -> None:
+    """A local folder must hold `marker`; "embedded" and hub ids (owner/name) are looked up when they are loaded."""
+    path = Path(value)
+    if value == "embedded" or (path.is_dir() and (path / marker).is_file()):
+        return
+    looks_like_hub_id = value.count("/") == 1 and not path.exists() and not value.startswith((".", "/", "~"))
+    if looks_like_hub_id and not Path(value.split("/")[0]).is_dir():
+        return
+    state = "which does not exist" if not path.exists() else f"which holds no {marker}"
+    raise ConfigError(f'`{key}`: expected "embedded", {what}, or a hub id owner/name, got {value!r}, {state}.')

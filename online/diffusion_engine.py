@@ -1,0 +1,354 @@
+"""The engine of real runs: a diffusion prior, a CLIP feature map, a surrogate, and a sampler, on every rank."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from botorch.models.model import Model
+from PIL import Image
+from torch import Tensor
+
+from tiltopt import surrogates
+from tiltopt.errors import TiltoptError
+from tiltopt.online.components import make_sampler, select_rule
+from tiltopt.online.engine import Ask, Data, Drawn, Plan
+from tiltopt.online.pilot import Pilot
+from tiltopt.online.potential import AcquisitionPotential, alpha_for_kl
+from tiltopt.online.prompts import load_prompts, prompt_of
+from tiltopt.online.seeds import derive, generator, query_seed
+from tiltopt.online.settings import Settings
+from tiltopt.online.team import Team
+from tiltopt.samplers import PriorOnly, Sampler, Samples, StepInfo
+from tiltopt.samplers.diffusers_prior import DiffusersPrior
+from tiltopt.samplers.loading import load_prior
+from tiltopt.samplers.pilot import run_pilot
+from tiltopt.samplers.tempering import Calibration
+from tiltopt.surrogates.io import load, save
+from tiltopt.types import Conditioning
+
+Progress = Callable[[int, int], None]
+PILOT_CHAINS = 64
+"""Plain chains kept for calibration; 64 calibrate nearly as well as 256."""
+
+
+class DiffusionEngine:
+    """Draws designs from a (tilted) diffusion model. Models load at first use, so that building one costs nothing.
+
+    Queries are dealt to the ranks and drawn in groups of `settings.micro_batch` particles, each from its own generator:
+    an image depends on its query alone, whatever the number of processes.
+    """
+
+    def __init__(self, settings: Settings, team: Team | None = None) -> None:
+        self.settings = settings
+        self.team = team or Team()
+
+    @cached_property
+    def prior(self) -> DiffusersPrior:
+        """The diffusion model as a Gaussian chain."""
+        s = self.settings.prior
+        return load_prior(
+            s.path,
+            num_steps=s.num_steps,
+            eta=s.eta,
+            guidance_scale=s.guidance_scale,
+            negative_prompt=s.negative_prompt,
+            dtype=s.dtype,
+            device=self.team.device,
+        )
+
+    @cached_property
+    def feature_map(self) -> surrogates.FeatureMap:
+        """Designs and prompts -> features."""
+        s = self.settings.features
+        return surrogates.make_features(
+            path=s.path, kind=s.kind, prompt_features=s.prompt_features, device=self.team.device
+        )
+
+    @property
+    def feature_id(self) -> str:
+        """Names the feature map; a surrogate saved for another one is refused."""
+        return self.feature_map.id
+
+    # ------------------------------------------------------------------ drawing
+
+    def draw_plain(self, asks: Sequence[Ask], progress: Progress | None = None) -> list[Drawn]:
+        """Plain samples of the prior. Round 0 also lays down the pilot for later rounds."""
+        keeps_pilot = bool(asks) and asks[0].round == 0 and asks[0].index == 0 and Pilot.load(self._folder) is None
+        if keeps_pilot:
+            return self._draw_pilot(asks, progress)
+        return self._plain(asks, progress)
+
+    def draw(
+        self, model: Model, data: Data, asks: Sequence[Ask], plan: Plan, progress: Progress | None = None
+    ) -> list[Drawn]:
+        """Samples of p(x) exp(acquisition / alpha), one per ask."""
+        mine = self.team.share(asks)
+        per_query = self.settings.acquisition.name == "thompson"  # each query follows its own posterior draw
+        size = 1 if per_query else self._group_size(self.settings.sampler.num_particles)
+        tick = StepCounter(progress, -(-len(mine) // size) * self.prior.num_steps)
+        shared = None if per_query else self._tilt(model, data, plan, derive(self.settings.seed, "acquisition"))
+        out: list[tuple[int, Drawn]] = []
+        for group in _groups(mine, size):
+            potential, sampler = shared or self._tilt(model, data, plan, group[0][1].seed)
+            samples = sampler.sample(
+                self.prior,
+                potential,
+                self._encode([ask.prompt for _, ask in group]),
+                num_particles=self.settings.sampler.num_particles,
+                generators=[generator(ask.seed, "sample") for _, ask in group],
+                callback=tick,
+            )
+            out += self._finish(group, samples, model, potential.acquisition)
+        return self.team.collect(out, len(asks))
+
+    def _tilt(self, model: Model, data: Data, plan: Plan, seed: int) -> tuple[AcquisitionPotential, Sampler]:
+        """What is sampled, and by what: the acquisition over its price, and the sampler calibrated to it."""
+        acquisition = surrogates.make_acquisition(
+            self.settings.acquisition.name,
+            model,
+            beta=plan.beta,
+            best_f=float(data.Y.max()) if len(data.Y) else None,
+            X_pending=data.pending if len(data.pending) else None,
+            generator=generator(seed, "acquisition"),
+        )
+        potential = AcquisitionPotential(acquisition, self.feature_map, self._alpha(acquisition, plan))
+        return potential, make_sampler(self.settings, **self._calibrated(potential))
+
+    def _plain(self, asks: Sequence[Ask], progress: Progress | None) -> list[Drawn]:
+        mine = self.team.share(asks)
+        size = self._group_size(1)
+        tick = StepCounter(progress, -(-len(mine) // size) * self.prior.num_steps)
+        out: list[tuple[int, Drawn]] = []
+        for group in _groups(mine, size):
+            samples = PriorOnly().sample(
+                self.prior,
+                _no_potential,
+                self._encode([ask.prompt for _, ask in group]),
+                num_particles=1,
+                generators=[generator(ask.seed, "sample") for _, ask in group],
+                callback=tick,
+            )
+            out += self._finish(group, samples, None, None)
+        return self.team.collect(out, len(asks))
+
+    def _draw_pilot(self, asks: Sequence[Ask], progress: Progress | None) -> list[Drawn]:
+        """Plain samples whose chains are looked at on the way: the same designs as `_plain`, and the pilot beside."""
+        mine = self.team.share(asks)
+        size = self._group_size(1)
+        tick = StepCounter(progress, -(-len(mine) // size) * self.prior.num_steps)
+        out: list[tuple[int, Drawn]] = []
+        looks: list[tuple[int, tuple[Tensor, Tensor, Tensor]]] = []
+        steps: tuple[int, ...] = ()
+        for group in _groups(mine, size):
+            prompts = [ask.prompt for _, ask in group]
+            gens = [generator(ask.seed, "sample") for _, ask in group]
+            chains = run_pilot(self.prior, self._encode(prompts), generators=gens, callback=tick)
+            steps = chains.steps
+            with torch.no_grad():
+                designs = self.prior.decode(chains.x_final).unsqueeze(1)
+                seen = [self.feature_map(self.prior.decode(look), prompts).float().cpu() for look in chains.x0]
+            zero = torch.zeros(len(group), 1, dtype=torch.float64)
+            drawn = self._finish(group, Samples(chains.x_final.unsqueeze(1), designs, zero, zero[:, 0]), None, None)
+            gaps = (chains.x_final - chains.x0).double().square().flatten(2).sum(-1).cpu()
+            features = torch.stack(seen)
+            looks += [(at, (features[:, i], gaps[:, i], drawn[i][1].features)) for i, (at, _) in enumerate(group)]
+            out += drawn
+        rows = self.team.collect(looks, len(asks))[:PILOT_CHAINS]
+        self._keep_pilot(steps or (), rows)
+        return self.team.collect(out, len(asks))
+
+    def _finish(
+        self, group: Sequence[tuple[int, Ask]], samples: Samples, model: Model | None, acquisition: Any
+    ) -> list[tuple[int, Drawn]]:
+        """The chosen particle of each query, as the black box will see it, with what the surrogate thinks of it."""
+        gens = [generator(ask.seed, "select") for _, ask in group]
+        pick = samples.pick(select_rule(self.settings), gens)[:, 0]  # type: ignore[arg-type]
+        designs = samples.designs[torch.arange(len(group)), pick.to(samples.designs.device)]
+        images = to_images(designs)
+        X = self.features(images, [ask.prompt for _, ask in group])
+        drawn = []
+        for i, (position, _) in enumerate(group):
+            extra: dict[str, float] = {}
+            if model is not None:
+                with torch.no_grad():
+                    row = X[i : i + 1].double().to(self.team.device)
+                    posterior = model.posterior(row)
+                    extra = {
+                        "predicted": float(posterior.mean),
+                        "predicted_sd": float(posterior.variance.clamp_min(0).sqrt()),
+                        "acquired": float(acquisition(row.unsqueeze(-2))),
+                        "ess": float(samples.ess[i]),
+                        "log_z": float(samples.log_z[i]),
+                    }
+            drawn.append((position, Drawn(images[i], X[i], **extra)))
+        return drawn
+
+    def features(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        """(n, d) float32 features of 8-bit images, on the CPU."""
+        rows = []
+        with torch.no_grad():
+            for i in range(0, len(images), self.settings.micro_batch):
+                designs = to_designs(images[i : i + self.settings.micro_batch]).to(self.team.device)
+                rows.append(self.feature_map(designs, list(prompts[i : i + self.settings.micro_batch])).float().cpu())
+        return torch.cat(rows)
+
+    def _encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Each prompt is encoded by itself, so that what it becomes does not depend on its neighbours."""
+        known = self.__dict__.setdefault("_encoded", {})
+        for prompt in prompts:
+            if prompt not in known:
+                known[prompt] = self.prior.encode([prompt])
+        unique = list(dict.fromkeys(prompts))
+        stacked = _concatenate([known[p] for p in unique])
+        return stacked.select([unique.index(p) for p in prompts])
+
+    def _group_size(self, num_particles: int) -> int:
+        return max(1, self.settings.micro_batch // num_particles)
+
+    # ------------------------------------------------------------------ price and tempering
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.settings.run_dir)
+
+    @cached_property
+    def pilot(self) -> Pilot:
+        """The run's pilot, drawn again from the seeds of round 0 when its file is missing. Collective."""
+        pilot = self.team.broadcast(Pilot.load(self._folder) if self.team.is_main else None)
+        if pilot is not None:
+            return pilot
+        prompts = load_prompts(self.settings.prompts)
+        asks = [
+            Ask(i + 1, 0, i, prompt_of(self.settings, i + 1, prompts), query_seed(self.settings.seed, 0, i))
+            for i in range(min(PILOT_CHAINS, self.settings.initial_batch_size))
+        ]
+        self._draw_pilot(asks, None)
+        return self.__dict__["pilot"]
+
+    def _keep_pilot(self, steps: tuple[int, ...], rows: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+        features, gaps, final = (torch.stack(column) for column in zip(*rows, strict=True))
+        pilot = Pilot(
+            torch.tensor(self.team.broadcast(steps)),
+            torch.tensor([self.prior.num_steps]),
+            features.transpose(0, 1).contiguous(),
+            final,
+            gaps.mean(dim=0),
+        )
+        if self.team.is_main:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            pilot.save(self._folder)
+        self.__dict__["pilot"] = pilot
+
+    def _values(self, fn: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
+        """`fn` of the pilot's features, in float64 on the CPU: (..., d) -> (...)."""
+        with torch.no_grad():
+            flat = features.flatten(0, -2).double().to(self.team.device)
+            return fn(flat).reshape(features.shape[:-1]).double().cpu()
+
+    def _alpha(self, acquisition: Any, plan: Plan) -> float:
+        target = self.settings.sampler.target_kl
+        if target is None:
+            if plan.alpha is None:
+                raise TiltoptError("expected `alpha` in the plan, or `sampler.target_kl`; got neither.")
+            return plan.alpha
+        return alpha_for_kl(self._values(lambda X: acquisition(X.unsqueeze(-2)), self.pilot.final), target)
+
+    def _calibrated(self, potential: AcquisitionPotential) -> dict[str, Calibration]:
+        """The tempering of this potential, learnt from the pilot, when the configuration asks for it."""
+        if self.settings.sampler.options.get("tempering", "calibrated") != "calibrated":
+            return {}
+        u = self._values(potential.of_features, self.pilot.features)
+        return {"tempering": self.pilot.calibrate(u, self._values(potential.of_features, self.pilot.final))}
+
+    # ------------------------------------------------------------------ surrogate
+
+    def fit(self, data: Data, round_: int) -> Model:
+        """The surrogate of a round, on all answers, from the round's own generator."""
+        return surrogates.fit(
+            self.settings.model.name,
+            data.X,
+            data.Y,
+            sem=data.sem,
+            generator=generator(self.settings.seed, "fit", round_),
+            **self.settings.model.options,
+        )
+
+    def share_model(self, model: Model | None) -> Model:
+        """Rank 0's surrogate on every rank, through its saved form."""
+        if self.team.size == 1:
+            assert model is not None
+            return model
+        files: dict[str, bytes] | None = None
+        with tempfile.TemporaryDirectory() as folder:
+            if self.team.is_main:
+                save(model, Path(folder), feature_id=self.feature_id, data_fingerprint="")  # type: ignore[arg-type]
+                files = {p.name: p.read_bytes() for p in Path(folder).iterdir()}
+            for name, content in self.team.broadcast(files).items():
+                (Path(folder) / name).write_bytes(content)
+            return load(Path(folder), feature_id=self.feature_id) if model is None else model
+
+    def describe(self) -> dict[str, Any]:
+        """What was loaded, for the run's record."""
+        return {"prior": self.prior.describe(), "features": self.feature_id, "device": str(self.team.device)}
+
+
+def to_images(designs: Tensor) -> list[Image.Image]:
+    """(n, 3, H, W) in [0, 1] -> n 8-bit RGB images."""
+    pixels = (designs.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(p) for p in pixels]
+
+
+def to_designs(images: Sequence[Image.Image]) -> Tensor:
+    """n RGB images of one size -> (n, 3, H, W) float32 in [0, 1]."""
+    pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+
+
+def _no_potential(designs: Tensor, cond: Conditioning) -> Tensor:
+    """log G = 0."""
+    del cond
+    return designs.new_zeros(len(designs))
+
+
+def _concatenate(parts: Sequence[Conditioning]) -> Conditioning:
+    """Several conditionings as one."""
+
+    def join(trees: Sequence[Any]) -> Any:
+        first = trees[0]
+        if first is None:
+            return None
+        if isinstance(first, Tensor):
+            return torch.cat(list(trees))
+        if isinstance(first, dict):
+            return {k: join([t[k] for t in trees]) for k in first}
+        joined = [join(list(column)) for column in zip(*trees, strict=True)]
+        return type(first)(*joined) if hasattr(first, "_fields") else type(first)(joined)
+
+    return Conditioning(tuple(p for part in parts for p in part.prompts), join([part.embeds for part in parts]))
+
+
+def _groups(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for i in range(0, len(items), size):
+        yield items[i : i + size]
+
+
+class StepCounter:
+    """A sampler's callback that counts denoising steps over all groups."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress = progress
+        self._total = total
+        self._done = 0
+
+    def __call__(self, info: StepInfo) -> None:
+        """Step 0 is the initial noise and is not counted."""
+        if info.k > 0:
+            self._done += 1
+            if self._progress is not None:
+                self._progress(self._done, self._total)

@@ -1,0 +1,70 @@
+"""What plain chains of the prior look like on the way: the ground on which every round's tempering is calibrated.
+
+Round 0 draws plain chains anyway. At about a dozen steps their clean look-aheads x̂0(x_k) are turned into features and
+kept; a later surrogate then needs no new chain to know how its potential behaves along the denoising.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tiltopt.errors import StoreError
+from tiltopt.samplers.tempering import Calibration, calibrate
+
+FILE = "pilot.safetensors"
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """Features along M plain chains.
+
+    Args:
+        steps: (S,) int64, the steps k that were kept, increasing.
+        num_steps: (1,) int64, K.
+        features: (S, M, d) float32, features of decode(x̂0(x_k)).
+        final: (M, d) float32, features of decode(x_K).
+        distance: (S,) float64, mean over chains of ||x_K - x̂0(x_k)||^2.
+    """
+
+    steps: Tensor
+    num_steps: Tensor
+    features: Tensor
+    final: Tensor
+    distance: Tensor
+
+    def save(self, folder: Path) -> None:
+        """Write `pilot.safetensors`, whole or not at all."""
+        temporary = folder / f".{FILE}.tmp"
+        save_file({f.name: getattr(self, f.name).contiguous() for f in fields(self)}, temporary)
+        temporary.replace(folder / FILE)
+
+    @classmethod
+    def load(cls, folder: Path) -> Pilot | None:
+        """The pilot of a run, or None when there is none yet.
+
+        Raises:
+            StoreError: the file is damaged; it can be deleted, the pilot is then drawn again.
+        """
+        path = folder / FILE
+        if not path.is_file():
+            return None
+        try:
+            return cls(**load_file(path))
+        except (SafetensorError, TypeError, OSError) as error:
+            raise StoreError(f"{path} is damaged ({error}); delete it, and the same chains are drawn again.") from error
+
+    def calibrate(self, u: Tensor, u_final: Tensor) -> Calibration:
+        """The tempering schedule for a potential.
+
+        Args:
+            u: (S, M) nats, log G at `features`.
+            u_final: (M,) nats, log G at `final`.
+        """
+        c = (self.distance / self.distance[0].clamp_min(1e-300)).cummin(0).values
+        fractions = (self.steps / self.num_steps).tolist()
+        return Calibration(calibrate(u, u_final, c), (*fractions, 1.0), (*c.tolist(), 0.0))

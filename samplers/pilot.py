@@ -1,0 +1,209 @@
+"""Plain prior chains, remembered, from which tempering is calibrated for any potential without new chains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Generator, Tensor
+
+from tiltopt.errors import ConfigError, PotentialError
+from tiltopt.samplers.feynman_kac import FLOOR, Twisted, TwistOptions, check_potential, gradient_of
+from tiltopt.samplers.micro_batch import MicroBatches, Rows
+from tiltopt.samplers.prior import Prior
+from tiltopt.samplers.smc import StepInfo, check_call, run_smc
+from tiltopt.samplers.tempering import Calibration, calibrate
+from tiltopt.types import Conditioning, Potential
+
+MIN_CHAINS_TO_CENTRE = 4
+
+
+@dataclass(frozen=True)
+class X0Factors:
+    """Factor from the gradient at x0_hat to the gradient at x_k, linear in k / K between measured steps."""
+
+    fractions: tuple[float, ...]
+    factors: tuple[float, ...]
+
+    def __call__(self, k: int, num_steps: int) -> float:
+        return Calibration(0.0, self.fractions, self.factors).uncertainty(k, num_steps)
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """What M prior chains thought at S steps, and where they ended.
+
+    Args:
+        steps: the S steps, increasing, all < num_steps.
+        num_steps: K.
+        x: (S, M, *event), the chains at those steps.
+        x0: (S, M, *event), their look-ahead x0_hat.
+        x_final: (M, *event), clean ends.
+        cond: M rows of conditioning, chains of one prompt adjacent.
+    """
+
+    steps: tuple[int, ...]
+    num_steps: int
+    x: Tensor
+    x0: Tensor
+    x_final: Tensor
+    cond: Conditioning
+
+    @property
+    def fractions(self) -> tuple[float, ...]:
+        """steps / K, and 1 for the end."""
+        return (*(k / self.num_steps for k in self.steps), 1.0)
+
+    @property
+    def c(self) -> Tensor:
+        """(S,), mean |x_K - x0_hat_k|^2 relative to the first step, made monotone."""
+        error = (self.x_final - self.x0).double().square().flatten(1).mean(-1).cpu()
+        return (error / error[0].clamp_min(1e-300)).cummin(0).values
+
+    def look(self, prior: Prior, potential: Potential, *, micro_batch: int | None = None) -> tuple[Tensor, Tensor]:
+        """log G along the chains: u (S, M) at the look-aheads and u_final (M,), nats, float64 CPU."""
+        batches = MicroBatches(self.cond, 1, micro_batch)
+
+        def evaluate(start: int, cond: Conditioning, x0: Tensor) -> Rows:
+            with torch.no_grad():
+                return (check_potential(potential(prior.decode(x0), cond), len(x0), potential).detach(),)
+
+        rows = [batches.map(evaluate, x0)[0] for x0 in (*self.x0, self.x_final)]
+        u = torch.stack([row for row in rows if row is not None]).double().cpu()
+        if bool((torch.isnan(u) | (u == torch.inf)).any()):
+            raise PotentialError(
+                "The potential must be finite on plain prior chains (log G may be -inf), got NaN or +inf; "
+                "mend it, or use another `tempering` than 'calibrated'."
+            )
+        return u[:-1].clamp_min(FLOOR), u[-1].clamp_min(FLOOR)
+
+    def calibrate(self, prior: Prior, potential: Potential, *, micro_batch: int | None = None) -> Calibration:
+        """The tempering schedule that these chains teach about a potential.
+
+        Weights compare particles of one prompt only, so each prompt's mean is taken out of the potential first, where
+        every prompt has at least four chains.
+        """
+        u, u_final = self.look(prior, potential, micro_batch=micro_batch)
+        return self.calibrate_from(u, u_final)
+
+    def calibrate_from(self, u: Tensor, u_final: Tensor) -> Calibration:
+        """The same from potentials (S, M) and (M,) that are already known, for instance from stored features."""
+        c = self.c
+        kappa = calibrate(_centre(u, self.cond.prompts), _centre(u_final, self.cond.prompts), c)
+        return Calibration(kappa, self.fractions, (*c.tolist(), 0.0))
+
+    def x0_factors(self, prior: Prior, potential: Potential, *, micro_batch: int | None = None) -> X0Factors:
+        """Fitted factors for gradient="x0": f_k = sum <J^T g, g> / sum <g, g>.
+
+        g is the gradient of log G at x0_hat and J the denoiser's Jacobian, so J^T g is the full gradient.
+        """
+        batches = MicroBatches(self.cond, 1, micro_batch)
+        factors = []
+        for k, x in zip(self.steps, self.x, strict=True):
+
+            def products(start: int, cond: Conditioning, x: Tensor, k: int = k) -> Rows:
+                with torch.enable_grad():
+                    leaf = x.detach().requires_grad_()
+                    x0 = prior.reverse(k, leaf, cond).x0
+                    at_x0 = x0.detach().requires_grad_()
+                    log_g = check_potential(potential(prior.decode(at_x0), cond), len(x), potential)
+                    g = gradient_of(log_g, at_x0, potential)
+                    full = torch.autograd.grad(x0, leaf, grad_outputs=g)[0]
+                return ((full * g).double().flatten(1).sum(-1), g.double().square().flatten(1).sum(-1))
+
+            dot, norm = batches.map(products, x)
+            assert dot is not None
+            assert norm is not None
+            factors.append(float(dot.sum() / norm.sum().clamp_min(1e-300)))
+        return X0Factors(self.fractions, (*factors, 1.0))
+
+
+def run_pilot(
+    prior: Prior,
+    cond: Conditioning,
+    *,
+    generators: Sequence[Generator],
+    chains_per_prompt: int = 1,
+    num_kept: int = 12,
+    micro_batch: int | None = None,
+    callback: Callable[[StepInfo], None] | None = None,
+) -> Pilot:
+    """Run plain prior chains and keep their looks at about `num_kept` evenly spaced steps.
+
+    The chains draw exactly what `PriorOnly` draws from the same generators with `num_particles=chains_per_prompt`, so
+    a batch of plain samples and a pilot can be one and the same thing.
+    """
+    check_call(cond, chains_per_prompt, generators)
+    num_kept = min(num_kept, prior.num_steps)
+    steps = sorted({round(i * prior.num_steps / num_kept) for i in range(num_kept)})
+    kept: dict[int, tuple[Tensor, Tensor]] = {}
+    final: list[Tensor] = []
+
+    def observe(k: int, x: Tensor, x0: Tensor) -> None:
+        if k in steps:
+            kept[k] = (x, x0)
+        if k == prior.num_steps:
+            final.append(x)
+
+    schedule = [0.0] * prior.num_steps + [1.0]
+    options = TwistOptions(gradient="none")
+    flow = Twisted(prior, None, cond, chains_per_prompt, schedule, options, micro_batch, observe)
+    run_smc(flow, prompts=cond.prompts, num_particles=chains_per_prompt, generators=generators,
+            ess_threshold=0.0, resampling="systematic", callback=callback)  # fmt: skip
+    x, x0 = (torch.stack([kept[k][i] for k in steps]) for i in range(2))
+    return Pilot(tuple(steps), prior.num_steps, x, x0, final[0], cond.repeat(chains_per_prompt))
+
+
+@dataclass
+class PilotCache:
+    """The last few pilots, and what was calibrated from them; priors and potentials are told apart by identity."""
+
+    size: int = 4
+    _pilots: list[tuple[Prior, int, Pilot]] = field(default_factory=list)
+    _calibrations: list[tuple[Prior, Potential, int, Calibration]] = field(default_factory=list)
+    _factors: list[tuple[Prior, Potential, int, X0Factors]] = field(default_factory=list)
+
+    def pilot(self, prior: Prior, cond: Conditioning, num_chains: int, seed: int, micro_batch: int | None) -> Pilot:
+        """The pilot of a prior; chains of at most 8 of the first caller's prompts, `num_chains` in all."""
+        for known, steps, pilot in self._pilots:
+            if known is prior and steps == prior.num_steps:
+                return pilot
+        if num_chains < 8:
+            raise ConfigError(f"`pilot_chains` must be at least 8, got {num_chains}.")
+        firsts = list({prompt: i for i, prompt in reversed(list(enumerate(cond.prompts)))}.values())
+        chosen = sorted(firsts)[: min(8, num_chains // 8)]
+        rows = [chosen[j * len(chosen) // num_chains] for j in range(num_chains)]
+        generators = [Generator().manual_seed((seed << 32) + j) for j in range(num_chains)]
+        pilot = run_pilot(prior, cond.select(rows), generators=generators, micro_batch=micro_batch)
+        self._pilots = [(prior, prior.num_steps, pilot), *self._pilots][: self.size]
+        return pilot
+
+    def calibration(self, prior: Prior, potential: Potential, pilot: Pilot, micro_batch: int | None) -> Calibration:
+        """The pilot's calibration for a potential."""
+        for known, asked, steps, calibration in self._calibrations:
+            if known is prior and asked is potential and steps == pilot.num_steps:
+                return calibration
+        calibration = pilot.calibrate(prior, potential, micro_batch=micro_batch)
+        self._calibrations = [(prior, potential, pilot.num_steps, calibration), *self._calibrations][: self.size]
+        return calibration
+
+    def x0_factors(self, prior: Prior, potential: Potential, pilot: Pilot, micro_batch: int | None) -> X0Factors:
+        """The pilot's gradient factors for a potential."""
+        for known, asked, steps, factors in self._factors:
+            if known is prior and asked is potential and steps == pilot.num_steps:
+                return factors
+        factors = pilot.x0_factors(prior, potential, micro_batch=micro_batch)
+        self._factors = [(prior, potential, pilot.num_steps, factors), *self._factors][: self.size]
+        return factors
+
+
+def _centre(u: Tensor, prompts: Sequence[str]) -> Tensor:
+    """u (..., M) minus each prompt's mean, if every prompt has enough chains to know one; u itself otherwise."""
+    names = list(dict.fromkeys(prompts))
+    group = torch.tensor([names.index(p) for p in prompts])
+    count = torch.bincount(group)
+    if len(names) < 2 or int(count.min()) < MIN_CHAINS_TO_CENTRE:
+        return u
+    total = torch.zeros(*u.shape[:-1], len(names), dtype=u.dtype).index_add(-1, group, u)
+    return u - (total / count)[..., group]
