@@ -9,11 +9,9 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import resource
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy import stats
+
+from tiltopt.online.files import write_atomic
 
 COVERAGE = 0.90
 Z90 = float(stats.norm.ppf(0.5 + COVERAGE / 2))
@@ -210,19 +210,8 @@ def software_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
 def write_json(path: str | Path, tree: Any) -> Path:
     """Writes JSON so that a reader sees the old file or the whole new one; NaN and infinities become null."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(jsonable(tree), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_atomic(path, lambda file: file.write(text.encode("utf-8")))
     return path
 
 
