@@ -1,0 +1,176 @@
+"""The SQL side of the store: connections, transactions, schema version, and errors a person can act on."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, create_engine, event, inspect, select
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.pool import NullPool, QueuePool
+
+from tiltopt.errors import StoreError
+from tiltopt.online.schema import SCHEMA_VERSION, meta, metadata
+
+_CHECKED_BYTES = 64 * 2**20  # SQLite files up to this size are checked page by page when opened: a fraction of a second
+
+
+class Database:
+    """A database that holds the store's tables.
+
+    Args:
+        url: any SQLAlchemy URL, or the path of an SQLite file.
+        create: make the tables (and the SQLite file) where they are missing.
+        read_only: never write; an SQLite file in a folder without write permission can be read.
+
+    Raises:
+        StoreError: no such file, damaged file, newer schema, server that cannot be reached.
+    """
+
+    def __init__(self, url: str | Path, *, create: bool = False, read_only: bool = False) -> None:
+        self.file = Path(url) if isinstance(url, Path) else None
+        self.where = str(url) if self.file else hidden_password(str(url))
+        self.read_only = read_only
+        if self.file and not create and not self.file.exists():
+            raise StoreError(f"no query store at {self.file}. Expected the folder of a run; create one first.")
+        self._engine = self._sqlite() if self.file else self._server(str(url))
+        with self._telling():
+            self._check_version(create)
+            self._check_pages()
+
+    def _sqlite(self) -> Any:
+        assert self.file is not None
+        uri = f"file:{self.file.resolve()}?mode=ro" if self.read_only else None
+        if uri and not _has_log(self.file):
+            uri += "&immutable=1"  # nobody writes: readable even where SQLite may not make its side files
+
+        def connect() -> sqlite3.Connection:
+            return sqlite3.connect(uri or str(self.file), uri=uri is not None, timeout=30.0, check_same_thread=False)
+
+        engine = create_engine("sqlite://", creator=connect, poolclass=NullPool if self.read_only else QueuePool)
+        _prepare(engine, self.read_only)
+        return engine
+
+    def _server(self, url: str) -> Any:
+        try:
+            engine = create_engine(url, pool_pre_ping=True)
+        except (ArgumentError, NoSuchModuleError, ImportError) as error:
+            raise StoreError(
+                f"expected an SQLAlchemy URL whose driver is installed, such as postgresql+psycopg://user@host/name, "
+                f"got {self.where!r} ({error})."
+            ) from error
+        if engine.dialect.name == "sqlite":
+            _prepare(engine, self.read_only)
+        return engine
+
+    def _check_version(self, create: bool) -> None:
+        known = inspect(self._engine).has_table(meta.name)
+        if not known and not create:
+            raise StoreError(f"{self.where} is a database without a query store. Expected the store of a run.")
+        if not known:
+            with self._engine.begin() as c:
+                metadata.create_all(c)
+                if c.execute(select(meta.c.value).where(meta.c.name == "schema_version")).first() is None:
+                    c.execute(meta.insert().values(name="schema_version", value=str(SCHEMA_VERSION)))
+        with self.reading() as c:
+            version = int(c.execute(select(meta.c.value).where(meta.c.name == "schema_version")).scalar_one())
+        if version > SCHEMA_VERSION:
+            raise StoreError(
+                f"{self.where} was written by a newer tiltopt (schema {version}; this one knows {SCHEMA_VERSION}). "
+                "Update tiltopt; nothing was changed."
+            )
+
+    def _check_pages(self) -> None:
+        if self.file is None or self.file.stat().st_size > _CHECKED_BYTES:
+            return
+        with self.reading() as c:
+            found = c.exec_driver_sql("PRAGMA quick_check(1)").scalar()
+        if found != "ok":
+            raise StoreError(self._damaged(str(found)))
+
+    def _damaged(self, what: str) -> str:
+        return (
+            f"{self.where} is damaged ({what}). It was left as it is. Copy it away, restore it from a backup or with "
+            "sqlite3's `.recover` command, and open the run again; images and surrogates beside it are intact."
+        )
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A consistent view; takes no lock."""
+        with self._telling(), self._engine.connect().execution_options(tiltopt_reading=True) as c:
+            yield c
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """One transaction, durable when the block ends, without effect when it raises."""
+        if self.read_only:
+            raise StoreError(f"{self.where} was opened with read_only=True; open it for writing to change it.")
+        with self._telling(), self._engine.begin() as c:
+            yield c
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except StoreError:
+            raise
+        except (SQLAlchemyError, sqlite3.Error) as error:
+            raise StoreError(self._explain(error)) from error
+
+    def _explain(self, error: Exception) -> str:
+        cause = str(error.orig) if isinstance(error, DBAPIError) else str(error)
+        if "malformed" in cause or "not a database" in cause:
+            return self._damaged(cause)
+        if (
+            "full" in cause
+            or "readonly" in cause
+            or "read-only" in cause
+            or "I/O" in cause
+            or "unable to open" in cause
+        ):
+            return (
+                f"cannot write {self.where}: {cause}. Nothing that was stored before is lost; free space or make the "
+                "folder writable, then resume the run."
+            )
+        if "locked" in cause:
+            return f"{self.where} has been locked by another process for 30 s ({cause}). Stop it and try again."
+        return f"the database {self.where} refused: {cause.splitlines()[0] if cause else type(error).__name__}"
+
+    def close(self) -> None:
+        """Close every connection; an SQLite log is folded into its file."""
+        self._engine.dispose()
+
+
+def _prepare(engine: Any, read_only: bool) -> None:
+    """Durable, patient SQLite connections, and transactions that begin where we say."""
+
+    @event.listens_for(engine, "connect")
+    def configure(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # no implicit BEGIN of the driver
+        connection.execute("PRAGMA busy_timeout=30000")
+        connection.execute("PRAGMA foreign_keys=ON")
+        if not read_only:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=FULL")
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        reads = read_only or connection.get_execution_options().get("tiltopt_reading")
+        connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
+
+
+def _has_log(file: Path) -> bool:
+    log = file.with_name(file.name + "-wal")
+    return log.exists() and log.stat().st_size > 0
+
+
+def hidden_password(url: str) -> str:
+    """The URL without its password."""
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except ArgumentError:
+        return "the given URL"

@@ -1,0 +1,104 @@
+"""Files of a run: written whole or not at all, and locked for one writer."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tiltopt.errors import StoreError
+
+
+def image_path(folder: Path, number: int) -> Path:
+    """Where the image of query `number` lies."""
+    return folder / "images" / f"{number:06d}.png"
+
+
+def round_folder(folder: Path, round_: int) -> Path:
+    """Where the surrogate and the summary of a round lie."""
+    return folder / f"round_{round_:03d}"
+
+
+def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file so that at every instant it is either what it was or all of the new: temp, fsync, rename, fsync.
+
+    Raises:
+        StoreError: the file cannot be written (full disk, read-only folder); what was there before is untouched.
+    """
+    partial = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """`value` as readable JSON, atomically."""
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def replace_synced(source: Path, target: Path) -> None:
+    """Move a written file to its place: fsync of its content, rename, fsync of the folder."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(source, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(source, target)
+        sync_folder(target.parent)
+    except OSError as error:
+        raise cannot_write(target, error) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` survive a power loss."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def cannot_write(path: Path, error: OSError) -> StoreError:
+    """What to tell a person whose disk refuses."""
+    return StoreError(
+        f"cannot write {path}: {error.strerror or error}. Nothing that was stored before is lost; free space or make "
+        "the folder writable, then resume the run."
+    )
+
+
+class WriterLock:
+    """The right to write a run, held by one process at a time and released by its end, however it ends."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "writer.lock"
+        try:
+            self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.read(self._handle, 64).decode(errors="replace").strip() or "unknown"
+            os.close(self._handle)
+            raise StoreError(
+                f"{folder} is being written by another process (pid {owner}). Wait for it or stop it; to look at the "
+                "run meanwhile, open it with read_only=True."
+            ) from error
+        os.ftruncate(self._handle, 0)
+        os.pwrite(self._handle, str(os.getpid()).encode(), 0)
+
+    def release(self) -> None:
+        """Let another process write."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1

@@ -1,0 +1,190 @@
+"""The run: ask, have the black box answer, checkpoint, again; from wherever the store says that it was left.
+
+result = run(optimizer, make_reward("jpeg_compressibility"), hooks=progress)
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tiltopt.online import files, rounds
+from tiltopt.online.optimizer import Optimizer
+from tiltopt.online.progress import Hook
+from tiltopt.online.runner import Runner, Stop
+from tiltopt.online.seeds import generator
+from tiltopt.online.summary import jsonable
+from tiltopt.online.together import on_main
+from tiltopt.rewards.base import Answer, BlackBox
+
+Measure = Callable[[Optimizer, int], Mapping[str, Any]]
+"""Further numbers of a finished round, such as its fidelity, for its summary; called on rank 0."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Args:
+        complete: every round of the settings is answered.
+        stop: the budget that ended it, or None.
+        rounds: the summaries of all rounds, as in their `summary.json`.
+    """
+
+    complete: bool
+    stop: Stop | None
+    rounds: tuple[Mapping[str, Any], ...]
+
+
+def run(
+    optimizer: Optimizer,
+    black_box: BlackBox | None,
+    *,
+    runner_options: Mapping[str, Any] | None = None,
+    hooks: Hook | None = None,
+    measure: Measure | None = None,
+) -> Result:
+    """Carry a run to its end, or until a budget stops it; run it again to go on. Collective.
+
+    What was asked before and has no answer is handed to the black box first; what is answered never again.
+
+    Args:
+        optimizer: a new or reopened run.
+        black_box: what answers; needed on rank 0 only.
+        runner_options: of `tiltopt.online.runner.Runner`, over those of `settings.reward`.
+        hooks: who is told; see `tiltopt.online.progress.Hook`.
+        measure: further numbers for the rounds' summaries.
+
+    Raises:
+        RewardError: the black box cannot be used. What was answered is stored. On the other ranks: `PeerError`.
+    """
+    main = optimizer.team.is_main
+    told = hooks if main and hooks is not None else Hook()
+    made: list[_Work] = []
+    on_main(optimizer.team, lambda: made.append(_Work(optimizer, black_box, runner_options or {}, told, measure)))
+    stop: Stop | None = None
+    while stop is None:
+        step = on_main(optimizer.team, lambda: made[0].next_step())
+        if step.done:
+            stop = step.stop
+            break
+        told.on_round_start(step.round, step.size)
+        if step.ask:
+            optimizer.ask(step.size, told.on_progress)
+        stop = on_main(optimizer.team, lambda: made[0].answer(step.round))
+    return on_main(optimizer.team, lambda: made[0].result(stop))
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What comes next: a round to ask (or to finish answering), or the end."""
+
+    round: int
+    size: int
+    ask: bool
+    done: bool = False
+    stop: Stop | None = None
+
+
+class _Work:
+    """Rank 0's part of a run."""
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        black_box: BlackBox,
+        runner_options: Mapping[str, Any],
+        hooks: Hook,
+        measure: Measure | None,
+    ) -> None:
+        self.optimizer = optimizer
+        self.hooks = hooks
+        self.measure = measure
+        self.runner = Runner(black_box, **(self._options() | dict(runner_options)))
+
+    def _options(self) -> dict[str, Any]:
+        """The runner's options in `settings.reward`, less what the run has spent already."""
+        reward, store = self.optimizer.settings.reward, self.optimizer.store
+        names = (
+            "concurrency",
+            "timeout_s",
+            "retries",
+            "backoff_s",
+            "requests_per_minute",
+            "max_queries",
+            "max_seconds",
+        )
+        options = {name: getattr(reward, name) for name in names}
+        counts = store.counts()
+        options["spent"] = counts["answered"] + counts["failed"]
+        if reward.max_seconds is not None:
+            used = sum(r.ask_seconds + r.answer_seconds for r in store.rounds())
+            options["max_seconds"] = max(reward.max_seconds - used, 1e-9)
+        return options
+
+    def next_step(self) -> _Step:
+        """From the store alone, so that a resumed run goes on where it was left."""
+        settings, store = self.optimizer.settings, self.optimizer.store
+        records, outstanding = store.rounds(), store.counts()["asked"]
+        last = records[-1].round if records else -1
+        if outstanding or self._unfinished():
+            return _Step(last, outstanding, ask=False)
+        asked = sum(record.kind != "imported" for record in records)
+        if asked > settings.rounds:
+            return _Step(last, 0, ask=False, done=True)
+        budget = self.runner.budget_left()
+        if budget is not None:
+            limit = getattr(settings.reward, budget) or getattr(self.runner, budget)
+            message = f"the budget `{budget}` = {limit:g} is used up after {asked} of {settings.rounds + 1} rounds"
+            return _Step(last, 0, ask=False, done=True, stop=Stop(budget, (), message))
+        return _Step(last + 1, settings.batch_size if asked else settings.initial_batch_size, ask=True)
+
+    def answer(self, round_: int) -> Stop | None:
+        """Have everything outstanding answered, and checkpoint the round when nothing is left."""
+        optimizer, started = self.optimizer, time.monotonic()
+        items = [(query.id, query.image, query.prompt) for query in optimizer.pending()]
+        try:
+            stop = self.runner.run(items, self._record, lambda n, total: self.hooks.on_progress("black box", n, total))
+        finally:
+            optimizer.store.add_answer_seconds(round_, time.monotonic() - started)
+        if stop is None:
+            for unfinished in self._unfinished():
+                measured = self.measure(optimizer, unfinished) if self.measure else {}
+                summary = rounds.write_summary(optimizer.folder, optimizer.store, unfinished, measured)
+                self.hooks.on_round_end(summary)
+        return stop
+
+    def _record(self, number: int, answer: Answer) -> None:
+        """Commit one answer, with the noise that the settings ask for."""
+        raw = answer.raw if answer.raw is None or isinstance(answer.raw, str) else json.dumps(jsonable(answer.raw))
+        store, settings = self.optimizer.store, self.optimizer.settings
+        if answer.failed:
+            store.fail(number, answer.error or f"the black box answered {answer.value}", raw)
+            self.hooks.on_answer(number, None)
+            return
+        value = float(answer.value)
+        if settings.answer_noise > 0:
+            source = generator(settings.seed, "noise", number)
+            value += settings.answer_noise * torch.randn((), generator=source, dtype=torch.float64).item()
+        store.answer(number, value, answer.sem, raw)
+        self.hooks.on_answer(number, value)
+
+    def _unfinished(self) -> list[int]:
+        """Rounds whose summary has not been written."""
+        folder = self.optimizer.folder
+        places = [
+            (r.round, files.round_folder(folder, r.round) / "summary.json") for r in self.optimizer.store.rounds()
+        ]
+        return [round_ for round_, place in places if not place.exists()]
+
+    def result(self, stop: Stop | None) -> Result:
+        """Every round as it was summarised, and whether all of them are done."""
+        store, folder = self.optimizer.store, self.optimizer.folder
+        places = [files.round_folder(folder, r.round) / "summary.json" for r in store.rounds()]
+        summaries = tuple(json.loads(place.read_text(encoding="utf-8")) for place in places if place.exists())
+        return Result(stop is None, stop, summaries)

@@ -1,0 +1,142 @@
+"""A round's checkpoint: its surrogate, how the one before had predicted, the plan drawn from that, and its summary."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from botorch.models.model import Model
+
+from tiltopt.errors import StoreError, SurrogateError
+from tiltopt.online import files
+from tiltopt.online.engine import Plan
+from tiltopt.online.settings import Settings
+from tiltopt.online.store import RoundRecord, Store
+from tiltopt.online.summary import calibration, jsonable, round_statistics
+
+
+def save_surrogate(folder: Path, record: RoundRecord, model: Model, feature_id: str) -> None:
+    """Write `round_NNN/surrogate.{safetensors,json}`: whole files or none.
+
+    Raises:
+        StoreError: the disk refuses.
+    """
+    from tiltopt.surrogates import io
+
+    target = files.round_folder(folder, record.round)
+    partial = target.with_name(target.name + ".part")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        io.save(
+            model, partial, feature_id=feature_id, data_fingerprint=record.fingerprint, extra={"round": record.round}
+        )
+        for file in sorted(partial.iterdir()):
+            files.replace_synced(file, target / file.name)
+        partial.rmdir()
+    except OSError as error:
+        raise files.cannot_write(target, error) from error
+
+
+def newest_surrogate(
+    folder: Path, rounds: Sequence[RoundRecord], feature_id: str
+) -> tuple[int | None, Model | None, list[str]]:
+    """The newest whole surrogate of a run: its round, the model, and a note for each damaged one that was passed over.
+
+    Damaged files are left as they are; the next fit does not need them, because it uses all answers.
+    """
+    from tiltopt.surrogates import io
+
+    notes: list[str] = []
+    for record in reversed(rounds):
+        if record.fingerprint is None:
+            continue
+        place = files.round_folder(folder, record.round)
+        try:
+            return record.round, io.load(place, feature_id=feature_id), notes
+        except (SurrogateError, OSError) as error:
+            notes.append(f"the surrogate of round {record.round} cannot be read ({error}); the one before it was used.")
+    return None, None, notes
+
+
+def score_previous(
+    store: Store, folder: Path, rounds: Sequence[RoundRecord], feature_id: str
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """How the newest surrogate predicted the answers that came after it, before they teach the next one.
+
+    Returns:
+        The report (see `tiltopt.surrogates.calibration.score`) with `optimism_gap`, mean acquired value minus mean answer
+        of the queries drawn with it, and `round`; None without a surrogate or new answers. And notes for people.
+    """
+    from tiltopt.surrogates.calibration import score
+
+    round_, model, notes = newest_surrogate(folder, rounds, feature_id)
+    if round_ is None or model is None:
+        return None, notes
+    X, Y = store.answers_since(round_)
+    if not len(X):
+        return None, notes
+    return {**report_dict(score(model, X, Y)), "round": round_, **_gap(store, round_)}, notes
+
+
+def report_dict(report: Any) -> dict[str, Any]:
+    """A calibration report as plain JSON values."""
+    return jsonable(report if isinstance(report, Mapping) else asdict(report))
+
+
+def _gap(store: Store, round_: int) -> dict[str, Any]:
+    d = store.diagnostics(round_)
+    d = d[d["state"] == "answered"]
+    return {"optimism_gap": calibration(d["value"], d["predicted"], d["predicted_sd"], d["acquired"])["optimism_gap"]}
+
+
+def plan_of(settings: Settings, scores: Sequence[Mapping[str, Any]]) -> Plan:
+    """Price and optimism of the next round, from the settings and how the surrogates have predicted so far."""
+    alpha, beta = settings.sampler.alpha, settings.acquisition.beta
+    if not settings.acquisition.adapt or alpha is None or not scores:
+        return Plan(alpha, beta)
+    from tiltopt.surrogates.calibration import adjust
+
+    return Plan(*adjust(alpha, beta, scores))
+
+
+def summarise(store: Store, record: RoundRecord) -> dict[str, Any]:
+    """What a round amounts to, as plain JSON values; see `docs/loop.md` for the keys."""
+    statistics = round_statistics(store.frame(), record.round)
+    d = store.diagnostics(record.round)
+    answered = d[d["state"] == "answered"]
+    mean = {name: (None if answered[name].isna().all() else float(answered[name].mean())) for name in ("ess", "log_z")}
+    return jsonable(
+        statistics
+        | {
+            "kind": record.kind,
+            "size": record.size,
+            "states": store.counts(record.round),
+            "ess_mean": mean["ess"],
+            "log_z_mean": mean["log_z"],
+            "alpha": record.alpha,
+            "beta": record.beta,
+            "calibration": calibration(
+                answered["value"], answered["predicted"], answered["predicted_sd"], answered["acquired"]
+            ),
+            "previous_surrogate": record.score,
+            "notes": list(record.notes),
+            "ask_seconds": record.ask_seconds,
+            "answer_seconds": record.answer_seconds,
+            "seconds": record.ask_seconds + record.answer_seconds,
+            "surrogate": None if record.fingerprint is None else {"fingerprint": record.fingerprint},
+        }
+    )
+
+
+def write_summary(folder: Path, store: Store, round_: int, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Write `round_NNN/summary.json` with `measured` numbers added; returns its content."""
+    records = {record.round: record for record in store.rounds()}
+    if round_ not in records:
+        raise StoreError(f"no round {round_}: the run has {len(records)} rounds.")
+    summary = summarise(store, records[round_]) | jsonable(measured)
+    files.write_json(files.round_folder(folder, round_) / "summary.json", summary)
+    return summary
