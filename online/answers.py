@@ -1,4 +1,4 @@
-"""What may be told: a query's number, a finite value, a standard error. Anything else is refused before it is stored."""
+"""What may be told: a query's number, a finite value, a standard error; anything else is refused."""
 
 from __future__ import annotations
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from PIL import Image
+
 from tiltopt.errors import StoreError
 
 
@@ -45,6 +47,11 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """`value` as readable JSON, atomically."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def write_image(path: Path, image: Image.Image) -> None:
+    """An image as PNG, atomically."""
+    write_atomic(path, lambda file: image.save(file, "PNG"))
 
 
 def replace_synced(source: Path, target: Path) -> None:

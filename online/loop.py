@@ -76,7 +76,7 @@ def run(
         told.on_round_start(step.round, step.size)
         if step.ask:
             optimizer.ask(step.size, told.on_progress)
-        stop = on_main(optimizer.team, lambda: made[0].answer(step.round))
+        stop = on_main(optimizer.team, lambda round_=step.round: made[0].answer(round_))
     return on_main(optimizer.team, lambda: made[0].result(stop))
 
 

@@ -8,32 +8,26 @@ with Optimizer.create("checkpoints/mine", config) as opt:        # or Optimizer.
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import pandas as pd
-import torch
 from botorch.models.model import Model
 from PIL import Image
 
-from tiltopt.errors import StoreError, SurrogateError
-from tiltopt.online import files, rounds, runfolder
+from tiltopt.errors import StoreError
+from tiltopt.online import asking, files, runfolder
 from tiltopt.online.answers import batch_size, finite, query_number, spread
-from tiltopt.online.engine import Ask, Data, Drawn, Engine, Plan
-from tiltopt.online.prompts import load_prompts, prompt_of
-from tiltopt.online.seeds import query_seed
+from tiltopt.online.asking import Job, Progress
+from tiltopt.online.engine import Engine
+from tiltopt.online.prompts import load_prompts
 from tiltopt.online.settings import Settings
-from tiltopt.online.store import NewQuery, RoundRecord, Store, pack
+from tiltopt.online.store import Store
 from tiltopt.online.team import Team
 from tiltopt.online.together import on_main, with_peers
-from tiltopt.surrogates.data import fingerprint
-
-Progress = Callable[[str, int, int], None]
-"""(kind, done, total); kinds: "fit", "denoise"."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +51,6 @@ class Query:
     predicted: float | None
     predicted_sd: float | None
     round: int
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A round about to be drawn, as every rank needs it."""
-
-    record: RoundRecord
-    asks: tuple[Ask, ...]
-    plan: Plan
-    data: Data | None  # None = plain samples
 
 
 class Optimizer:
@@ -183,88 +167,17 @@ class Optimizer:
         tell = progress if progress is not None else (lambda kind, done, total: None)
         held: list[Model | None] = [None]
 
-        def prepare() -> _Job:
-            job, held[0] = self._prepare(n, tell)
+        def prepare() -> Job:
+            job, held[0] = asking.prepare(self.store, self.engine, self.settings, self.folder, n, tell)
             return job
 
         job = on_main(self.team, prepare)
-        drawn, model = with_peers(self.team, lambda: self._draw(job, held[0], tell))
-        on_main(self.team, lambda: self._commit(job, drawn, model, started))
+        drawn, model = with_peers(self.team, lambda: asking.draw(self.engine, job, held[0], tell))
+        on_main(self.team, lambda: asking.commit(self.store, self.engine, self.folder, job, drawn, model, started))
         return [
             Query(a.number, a.prompt, a.seed, d.image, d.predicted, d.predicted_sd, a.round)
             for a, d in zip(job.asks, drawn, strict=True)
         ]
-
-    def _prepare(self, n: int, tell: Progress) -> tuple[_Job, Model | None]:
-        """Decide what the next round is, and fit its surrogate. Rank 0 only."""
-        store, settings = self.store, self.settings
-        round_, first = store.next()
-        prompts = load_prompts(settings.prompts)
-        asks = tuple(
-            Ask(first + i, round_, i, prompt_of(settings, first + i, prompts), query_seed(settings.seed, round_, i))
-            for i in range(n)
-        )
-        self._check_features()
-        plain = _Job(RoundRecord(round_, "plain", n), asks, Plan(None, 0.0), None)
-        if first <= settings.initial_batch_size:
-            return plain, None
-        return self._tilt(plain, tell)
-
-    def _tilt(self, plain: _Job, tell: Progress) -> tuple[_Job, Model | None]:
-        """The round with a surrogate, or plain with the reason why there is none."""
-        before = self.store.rounds()
-        score, notes = rounds.score_previous(self.store, self.folder, before, self.engine.feature_id)
-        plan = rounds.plan_of(self.settings, [s for s in (*(r.score for r in before), score) if s is not None])
-        notes = [*notes, *plan.notes]
-        data = self.store.data()
-        record = plain.record
-        try:
-            if len(torch.unique(data.Y)) < 2:
-                raise SurrogateError(f"a surrogate needs 2 different answers, got {len(data.Y)} answers")
-            tell("fit", 0, 1)
-            model = self.engine.fit(data, record.round)
-            tell("fit", 1, 1)
-        except SurrogateError as error:
-            notes.append(f"round {record.round} was drawn without a surrogate: {error}")
-            warnings.warn(notes[-1], stacklevel=4)
-            return _Job(replace(record, notes=tuple(notes), score=score), plain.asks, plain.plan, None), None
-        mark = fingerprint(data.X, data.Y, data.sem)
-        record = replace(
-            record, kind="tilted", alpha=plan.alpha, beta=plan.beta, notes=tuple(notes), score=score, fingerprint=mark
-        )
-        return _Job(record, plain.asks, plan, data), model
-
-    def _draw(self, job: _Job, model: Model | None, tell: Progress) -> tuple[list[Drawn], Model | None]:
-        """Draw on every rank."""
-
-        def steps(done: int, total: int) -> None:
-            tell("denoise", done, total)
-
-        if job.data is None:
-            return self.engine.draw_plain(job.asks, steps), None
-        model = self.engine.share_model(model)
-        return self.engine.draw(model, job.data, job.asks, job.plan, steps), model
-
-    def _commit(self, job: _Job, drawn: Sequence[Drawn], model: Model | None, started: float) -> None:
-        """Surrogate and images first, whole; then every row in one transaction. Rank 0 only."""
-        feature_id = self.engine.feature_id
-        if model is not None:
-            rounds.save_surrogate(self.folder, job.record, model, feature_id)
-        new = []
-        for a, d in zip(job.asks, drawn, strict=True):
-            image = d.image
-            files.write_atomic(files.image_path(self.folder, a.number), lambda f, image=image: image.save(f, "PNG"))
-            values = (d.predicted, d.predicted_sd, d.acquired, d.ess, d.log_z)
-            new.append(NewQuery(a.number, a.index, a.prompt, a.seed, pack(d.features), *values))
-        self.store.add_round(replace(job.record, ask_seconds=time.monotonic() - started), new, feature_id)
-
-    def _check_features(self) -> None:
-        known = self.store.feature_id()
-        if known is not None and known != self.engine.feature_id:
-            raise StoreError(
-                f"the run's features come from {known!r}, but the engine's are {self.engine.feature_id!r}; open the run "
-                "with the feature settings it was made with, or start a new one."
-            )
 
     # ---- telling
 

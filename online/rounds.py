@@ -13,8 +13,9 @@ from botorch.models.model import Model
 from tiltopt.errors import StoreError, SurrogateError
 from tiltopt.online import files
 from tiltopt.online.engine import Plan
+from tiltopt.online.rows import RoundRecord
 from tiltopt.online.settings import Settings
-from tiltopt.online.store import RoundRecord, Store
+from tiltopt.online.store import Store
 from tiltopt.online.summary import calibration, jsonable, round_statistics
 
 
@@ -68,8 +69,8 @@ def score_previous(
     """How the newest surrogate predicted the answers that came after it, before they teach the next one.
 
     Returns:
-        The report (see `tiltopt.surrogates.calibration.score`) with `optimism_gap`, mean acquired value minus mean answer
-        of the queries drawn with it, and `round`; None without a surrogate or new answers. And notes for people.
+        The report (see `tiltopt.surrogates.calibration.score`) with `optimism_gap`, mean acquired value minus mean
+        answer of the queries drawn with it, and `round`; None without a surrogate or new answers. And notes for people.
     """
     from tiltopt.surrogates.calibration import score
 

@@ -1,8 +1,8 @@
 """The query store: what was asked, what was answered, what each round was; every change is one durable transaction.
 
-A query is asked, then answered, failed or abandoned. A failed one may be asked again (another attempt) or abandoned. An
-answer may be taken back as long as no later round was drawn. Every other transition is refused, and the refusal says what
-the query's state is and what it allows.
+A query is asked, then answered, failed or abandoned. A failed one may be asked again (another attempt) or abandoned.
+An answer may be taken back as long as no later round was drawn. Every other transition is refused, and the refusal
+says what the query's state is and what it allows.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -23,73 +22,10 @@ from torch import Tensor
 from tiltopt.errors import StoreError
 from tiltopt.online.database import Database
 from tiltopt.online.engine import Data
+from tiltopt.online.rows import COLUMNS, TRANSITIONS, NewQuery, RoundRecord, matrix, refusal, round_record
 from tiltopt.online.schema import features, queries, rounds, runs
 
-TRANSITIONS = {
-    "asked": ("answered", "failed", "abandoned"),
-    "failed": ("asked", "abandoned"),
-    "answered": ("asked",),
-    "abandoned": (),
-}
-"""From each state, the states that may follow."""
-
-COLUMNS = ["id", "round", "prompt", "seed", "state", "value", "sem", "predicted", "predicted_sd", "error"]
-"""Columns of `Store.frame`."""
-
-_ADVICE = {
-    "asked": "tell its answer, fail it, or abandon it",
-    "failed": "retry it, or abandon it",
-    "answered": "undo it, as long as no later round has been asked",
-    "abandoned": "nothing; ask for new queries instead",
-}
-_BATCH = 500  # numbers per IN (...) clause; SQLite's limit on variables is far above
-
-
-@dataclass(frozen=True)
-class NewQuery:
-    """A drawn query, on its way into the store. Units as in `tiltopt.online.engine.Drawn`."""
-
-    number: int
-    place: int
-    prompt: str
-    seed: int
-    vector: bytes
-    predicted: float | None = None
-    predicted_sd: float | None = None
-    acquired: float | None = None
-    ess: float | None = None
-    log_z: float | None = None
-
-
-@dataclass(frozen=True)
-class RoundRecord:
-    """What is known of a round.
-
-    Args:
-        round: 0, 1, ...
-        kind: "plain" (samples of the prior), "tilted", or "imported" (measurements from elsewhere).
-        size: number of queries.
-        alpha: price of leaving the prior, reward units per nat; None for plain rounds.
-        beta: optimism of the acquisition; None for plain rounds.
-        notes: what a person should know, in sentences.
-        score: how the previous surrogate had predicted the answers that came since; None when there was none.
-        fingerprint: SHA-256 of the data behind the round's surrogate; None when the round has none.
-        ask_seconds: fitting, drawing and writing.
-        answer_seconds: waiting for the black box.
-        asked_at: seconds since the epoch.
-    """
-
-    round: int
-    kind: str
-    size: int
-    alpha: float | None = None
-    beta: float | None = None
-    notes: tuple[str, ...] = field(default_factory=tuple)
-    score: Mapping[str, Any] | None = None
-    fingerprint: str | None = None
-    ask_seconds: float = 0.0
-    answer_seconds: float = 0.0
-    asked_at: float = 0.0
+_PART = 500  # numbers per IN (...) clause; databases limit them
 
 
 class Store:
@@ -213,9 +149,8 @@ class Store:
         del row["vector"]
         value, sem = (answers or {}).get(q.number, (None, None))
         state = "asked" if value is None else "answered"
-        return row | {
-            "run_id": self.run_id, "round": round_, "state": state, "attempt": 1, "value": value, "sem": sem, "changed_at": now
-        }  # fmt: skip
+        known = {"run_id": self.run_id, "round": round_, "state": state, "attempt": 1, "changed_at": now}
+        return row | known | {"value": value, "sem": sem}
 
     def _next(self, c: Connection) -> tuple[int, int]:
         last_round = c.execute(select(func.max(rounds.c.round)).where(rounds.c.run_id == self.run_id)).scalar()
@@ -234,7 +169,7 @@ class Store:
             select(*(rounds.c[name] for name in names)).where(rounds.c.run_id == self.run_id).order_by(rounds.c.round)
         )
         with self.database.reading() as c:
-            return [_round_record(row) for row in c.execute(query)]
+            return [round_record(row) for row in c.execute(query)]
 
     def add_answer_seconds(self, round_: int, seconds: float) -> None:
         """Time spent waiting for the answers of a round, added to what was there."""
@@ -250,7 +185,7 @@ class Store:
         if round_ is not None:
             query = query.where(queries.c.round == round_)
         with self.database.reading() as c:
-            found: dict[str, int] = {state: n for state, n in c.execute(query)}
+            found = {row[0]: row[1] for row in c.execute(query)}
         return {state: found.get(state, 0) for state in TRANSITIONS}
 
     def in_state(self, state: str, round_: int | None = None) -> list[Row[Any]]:
@@ -303,25 +238,27 @@ class Store:
         query = select(*(queries.c[n] for n in names)).where(queries.c.run_id == self.run_id, queries.c.round == round_)
         with self.database.reading() as c:
             frame = pd.DataFrame(c.execute(query.order_by(queries.c.number)).all(), columns=["id", *names[1:]])
-        return frame.astype({name: "float64" for name in names[2:]})
+        return frame.astype(dict.fromkeys(names[2:], "float64"))
 
     def data(self) -> Data:
         """Every answer and the features of what is pending, in order of query numbers, read in one pass each."""
         with self.database.reading() as c:
             rows = c.execute(self._vectors("answered", queries.c.value, queries.c.sem)).all()
             pending = c.execute(self._vectors("asked")).all()
-        X = _matrix([row.vector for row in rows])
+        X = matrix([row.vector for row in rows])
         Y = torch.tensor([row.value for row in rows], dtype=torch.float64)[:, None]
         sems = np.array([row.sem for row in rows], dtype=np.float64)  # None becomes NaN
-        sem = None if np.isnan(sems).all() else torch.from_numpy(sems)[:, None]
-        return Data(X, Y, sem, _matrix([row.vector for row in pending], X.shape[1]))
+        known = (
+            None if np.isnan(sems).all() else torch.from_numpy(np.nan_to_num(sems))[:, None]
+        )  # unknown: nothing added
+        return Data(X, Y, known, matrix([row.vector for row in pending], X.shape[1]))
 
     def answers_since(self, round_: int) -> tuple[Tensor, Tensor]:
         """Features (n, d) and answers (n, 1), float64, of the answered queries of `round_` and later ones."""
         query = self._vectors("answered", queries.c.value).where(queries.c.round >= round_)
         with self.database.reading() as c:
             rows = c.execute(query).all()
-        return _matrix([r.vector for r in rows]), torch.tensor([r.value for r in rows], dtype=torch.float64)[:, None]
+        return matrix([r.vector for r in rows]), torch.tensor([r.value for r in rows], dtype=torch.float64)[:, None]
 
     def _vectors(self, state: str, *columns: Any) -> Any:
         same = and_(features.c.run_id == queries.c.run_id, features.c.number == queries.c.number)
@@ -361,9 +298,7 @@ class Store:
             if done == 1:
                 return
             row = self._get(c, number)
-        raise StoreError(
-            f"query {number} is {row.state}{_stored(row)} and cannot become {to}. Allowed: {_ADVICE[row.state]}."
-        )
+        raise refusal(row, to)
 
     # ---- handing out to workers
 
@@ -384,11 +319,11 @@ class Store:
         )
         with self.database.writing() as c:
             numbers = list(c.execute(pick).scalars())
-            for part in _parts(numbers):
+            for part in parts(numbers):
                 mine = and_(where, queries.c.number.in_(part))
                 c.execute(update(queries).where(mine).values(worker=worker, heard_at=now))
             rows = [
-                c.execute(select(queries).where(where, queries.c.number.in_(part))).all() for part in _parts(numbers)
+                c.execute(select(queries).where(where, queries.c.number.in_(part))).all() for part in parts(numbers)
             ]
         return sorted((row for part in rows for row in part), key=lambda row: row.number)
 
@@ -403,36 +338,6 @@ class Store:
         self.database.close()
 
 
-def _round_record(row: Row[Any]) -> RoundRecord:
-    values = dict(row._mapping)
-    values["notes"] = tuple(json.loads(values["notes"]))
-    values["score"] = None if values["score"] is None else json.loads(values["score"])
-    return RoundRecord(**values)
-
-
-def _stored(row: Row[Any]) -> str:
-    if row.state == "answered":
-        return f" (its answer is {row.value!r})"
-    return f" ({row.error})" if row.error else ""
-
-
-def _parts(numbers: list[int]) -> Iterator[list[int]]:
-    for start in range(0, len(numbers), _BATCH):
-        yield numbers[start : start + _BATCH]
-
-
-def _matrix(vectors: Sequence[bytes], width: int = 0) -> Tensor:
-    """float32 little-endian blobs -> (n, d) float64."""
-    if not vectors:
-        return torch.zeros(0, width, dtype=torch.float64)
-    flat = np.frombuffer(b"".join(vectors), dtype="<f4")
-    if any(len(v) != len(vectors[0]) for v in vectors):
-        raise StoreError(
-            "stored features have different lengths; the database was written with different feature maps."
-        )
-    return torch.from_numpy(flat.reshape(len(vectors), -1).astype(np.float64))
-
-
-def pack(vector: Tensor) -> bytes:
-    """(d,) float32 on the CPU -> its stored form."""
-    return np.ascontiguousarray(vector.detach().cpu().numpy(), dtype="<f4").tobytes()
+def parts(numbers: list[int]) -> Iterator[list[int]]:
+    for start in range(0, len(numbers), _PART):
+        yield numbers[start : start + _PART]
