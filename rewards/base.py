@@ -11,8 +11,12 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from PIL import Image
+from torch import Tensor
 
 from tiltopt.errors import ConfigError, RewardError
+
+Score = Callable[[Tensor, Sequence[str]], Tensor]
+"""A differentiable reward: designs (n, 3, H, W) float in [0, 1] and n prompts -> (n,), higher is better."""
 
 
 class RewardOptionError(RewardError, ConfigError):

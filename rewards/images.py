@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from tiltopt.errors import RewardError
-from tiltopt.rewards.base import FunctionReward, Options, require
+from tiltopt.rewards.base import FunctionReward, Options, Score, require
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -120,7 +120,7 @@ def from_tensors(
     name: str,
     unit: str,
     batch_size: int,
-    score: Callable[[Tensor, Sequence[str]], Tensor],
+    score: Score,
     dtype: torch.dtype = torch.float32,
 ) -> FunctionReward:
     """The black box of a differentiable reward: PIL images become tensors, images of unlike size are scored alone.
@@ -136,15 +136,3 @@ def from_tensors(
         return [score(to_tensor([image], dtype), [text]).item() for image, text in zip(images, prompts, strict=True)]
 
     return FunctionReward(name, unit, batch_size, function)
-
-
-def build_colorfulness(options: Options) -> FunctionReward:
-    """`colorfulness` of 8-bit images."""
-    return from_tensors(
-        "colorfulness", "Hasler-Süsstrunk M", options.batch_size, lambda x, _: colorfulness(x), torch.float64
-    )
-
-
-def build_symmetry(options: Options) -> FunctionReward:
-    """`symmetry` of 8-bit images."""
-    return from_tensors("symmetry", "correlation", options.batch_size, lambda x, _: symmetry(x), torch.float64)

@@ -1,4 +1,4 @@
-"""The one table of rewards: name -> options, how to build it, and how to differentiate it."""
+"""The one table of rewards: name -> options, unit, and how it is built."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tiltopt.rewards import custom, images
-from tiltopt.rewards.base import BlackBox, Options, RewardOptionError, near, parse_options
+import torch
+
+from tiltopt.rewards import aesthetic, custom, images, multi, planted, text_image
+from tiltopt.rewards.base import BlackBox, Options, RewardOptionError, Score, near, parse_options
 
 
 @dataclass(frozen=True)
@@ -17,17 +19,42 @@ class Entry:
     Args:
         options: the frozen dataclass of its options; building it checks them and costs nothing.
         build: options -> black box.
+        score: options -> differentiable score of designs, or None where there is no gradient.
     """
 
     options: type[Options]
     build: Callable[[Any], BlackBox]
+    score: Callable[[Any], Score] | None = None
+
+
+def _differentiable(
+    name: str, unit: str, options: type[Options], score: Callable[[Any], Score], dtype: torch.dtype = torch.float32
+) -> Entry:
+    """An entry whose black box is its differentiable score, applied to 8-bit images."""
+    return Entry(options, lambda o: images.from_tensors(name, unit, o.batch_size, score(o), dtype), score)
+
+
+def _build_multi(options: multi.MultiOptions) -> multi.WeightedSum:
+    """The weighted sum of the parts' black boxes."""
+    parts = [multi.read_part(part) for part in options.parts]
+    boxes = [(part.weight, make_reward(part.name, **part.options)) for part in parts]
+    return multi.WeightedSum(boxes, options.batch_size)
 
 
 REWARDS: dict[str, Entry] = {
     "jpeg_compressibility": Entry(images.JpegOptions, images.build_compressibility),
     "jpeg_incompressibility": Entry(images.JpegOptions, images.build_incompressibility),
-    "colorfulness": Entry(Options, images.build_colorfulness),
-    "symmetry": Entry(Options, images.build_symmetry),
+    "colorfulness": _differentiable(
+        "colorfulness", "Hasler-Süsstrunk M", Options, lambda o: lambda x, _: images.colorfulness(x), torch.float64
+    ),
+    "symmetry": _differentiable(
+        "symmetry", "correlation", Options, lambda o: lambda x, _: images.symmetry(x), torch.float64
+    ),
+    "aesthetic": _differentiable("aesthetic", "points", aesthetic.AestheticOptions, aesthetic.build_score),
+    "clip": _differentiable("clip", "scaled cosine", text_image.ClipOptions, text_image.build_score),
+    "pick": _differentiable("pick", "scaled cosine", text_image.PickOptions, text_image.build_score),
+    "planted": _differentiable("planted", "standard deviations", planted.PlantedOptions, planted.build_score),
+    "multi": Entry(multi.MultiOptions, _build_multi),
 }
 
 
@@ -53,8 +80,11 @@ def validate(name: str, options: Mapping[str, Any]) -> None:
     """
     if isinstance(name, str) and ":" in name:
         custom.validate(name, options)
-    else:
-        parse_options(name, lookup(name).options, options)
+        return
+    parsed = parse_options(name, lookup(name).options, options)
+    if isinstance(parsed, multi.MultiOptions):
+        for part in map(multi.read_part, parsed.parts):
+            validate(part.name, part.options)
 
 
 def make_reward(name: str, **options: Any) -> BlackBox:
@@ -68,7 +98,8 @@ def make_reward(name: str, **options: Any) -> BlackBox:
         RewardOptionError: unknown name or option, or an impossible value; before any model is loaded.
         RewardError: the reward cannot be built (a model that does not load, user code that does not import).
     """
-    if isinstance(name, str) and ":" in name:
+    validate(name, options)
+    if ":" in name:
         return custom.load(name, options)
     entry = lookup(name)
     return entry.build(parse_options(name, entry.options, options))
