@@ -1,0 +1,137 @@
+"""Choosing a surrogate by how well it predicts answers that it has not seen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from botorch.models.model import Model
+from torch import Generator, Tensor
+
+from tiltopt.errors import SurrogateError
+from tiltopt.surrogates.data import Data, check
+from tiltopt.surrogates.linear import LinearModel
+
+Fit = Callable[[str, Data, Generator, dict[str, Any]], Model]
+GP_LIMIT = 2048  # answers beyond which `auto` does not consider an exact GP
+REFIT_LIMIT = 256  # answers up to which every candidate is fitted anew for every fold
+MIN_COMPARE = 8  # answers below which nothing can be compared
+
+
+def predictive(model: Model, X: Tensor, sem: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the next answer at the points X (m, d), both (m,), reward units.
+
+    The variance is that of the posterior, plus the model's noise, plus sem^2 where the error of the answer is known.
+    """
+    with torch.no_grad():
+        parts = [model.posterior(x.unsqueeze(-2)) for x in X.split(1024)]
+        mean = torch.cat([p.mean.flatten() for p in parts])
+        variance = torch.cat([p.variance.flatten() for p in parts])
+    noise = getattr(model, "noise_variance", None)
+    variance = variance + (0.0 if noise is None else noise) + (0.0 if sem is None else sem.flatten().square())
+    return mean, variance.clamp_min(1e-300).sqrt()
+
+
+def cross_validated(name: str, data: Data, fit: Fit, generator: Generator, folds: int, **options: Any) -> Tensor:
+    """log p(y_i | answers of the other folds), (n,), nats, reward units; random folds, each fitted anew."""
+    order = torch.randperm(len(data), generator=generator)
+    score = torch.full((len(data),), -torch.inf, dtype=torch.float64)
+    for part in order.chunk(min(folds, len(data))):
+        rest = torch.ones(len(data), dtype=torch.bool)
+        rest[part] = False
+        train, test = data.select(rest.to(data.y.device)), data.select(part.to(data.y.device))
+        if len(train) < 2 or train.y.std() <= 1e-13 * train.y.abs().max():
+            continue  # this fold cannot be fitted, and counts as not predicted
+        mean, sd = predictive(fit(name, train, generator, options), test.X, test.sem)
+        score[part] = torch.distributions.Normal(mean, sd).log_prob(test.y).cpu()
+    return score
+
+
+def fit_auto(
+    data: Data,
+    *,
+    generator: Generator,
+    fit: Fit,
+    candidates: Sequence[str] = ("linear", "gp", "ensemble", "last_layer"),
+    folds: int = 8,
+    options: dict[str, dict[str, Any]] | None = None,
+) -> Model:
+    """Fit every candidate and keep the one with the highest mean log density of answers it has not seen.
+
+    Up to 256 answers all are scored on the same random folds (up to 16 answers each is a fold of its own), fitted
+    anew, variances included: what a model gains by tuning them to few answers does not count. Beyond, `linear` and
+    `gp` are scored by exact leave-one-out at their fitted variances, which one answer no longer moves; the others
+    still by folds. Below 8 answers `linear` is taken. The choice is made anew at every fit and may change.
+
+    Args:
+        candidates: names to choose from; a GP is left out beyond 2048 answers.
+        folds: of the cross-validation.
+        options: per candidate.
+
+    Returns:
+        The chosen model, with `choice_report`: {"chosen", "why", "answers", "scores": {name: {"log_density",
+        "standard_error", "how", "seconds"}}}, log density in nats per answer.
+    """
+    options = options or {}
+    names = [n for n in candidates if n != "gp" or len(data) <= GP_LIMIT]
+    if not names:
+        raise SurrogateError(f"no candidate is left of {tuple(candidates)} at {len(data)} answers.")
+    if len(data) < MIN_COMPARE:
+        best = "linear" if "linear" in names else names[0]
+        model = fit(best, data, generator, options.get(best, {}))
+        why = f"{len(data)} answers are too few to compare models"
+        model.choice_report = {"chosen": best, "why": why, "answers": len(data), "scores": {}}
+        return model
+    fold_seed = int(torch.randint(2**31, (), generator=generator))
+    scores: dict[str, dict[str, Any]] = {}
+    for name in names:
+        folds_generator = torch.Generator().manual_seed(fold_seed)
+        scores[name] = _score(name, data, fit, folds_generator, folds, options.get(name, {}))
+    ranked = sorted(scores, key=lambda n: scores[n]["log_density"], reverse=True)
+    best = ranked[0]
+    model = fit(best, data, generator, options.get(best, {}))
+    why = "; ".join(f"{n} {scores[n]['log_density']:.3f} +- {scores[n]['standard_error']:.3f}" for n in ranked)
+    report = {"chosen": best, "why": f"log predictive density, nats per answer: {why}", "answers": len(data)}
+    model.choice_report = {**report, "scores": scores}
+    return model
+
+
+def _score(
+    name: str, data: Data, fit: Fit, generator: Generator, folds: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Mean log predictive density of one candidate, with its standard error, how it was computed, and seconds."""
+    start = time.perf_counter()
+    if name in ("linear", "gp") and len(data) > REFIT_LIMIT:
+        density, how = fit(name, data, generator, options).leave_one_out(data), "leave-one-out"
+    else:
+        folds = len(data) if len(data) <= 16 else min(folds, len(data))
+        density, how = cross_validated(name, data, fit, generator, folds, **options), f"{folds} folds"
+    return {
+        "log_density": density.mean().item(),
+        "standard_error": (density.std() / len(data) ** 0.5).item(),
+        "how": how,
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+
+
+def choose_features(
+    maps: dict[str, Tensor], Y: Tensor, *, sem: Tensor | float | None = None
+) -> tuple[str, dict[str, float]]:
+    """Which of several feature maps predicts the answers best.
+
+    Args:
+        maps: features of the same n designs under each map, {name: (n, d)}.
+        Y: (n, 1), reward units.
+
+    Returns:
+        The name of the best, and the mean leave-one-out log density of a `linear` surrogate on each, nats per answer.
+    """
+    if not maps:
+        raise SurrogateError("`maps` is empty; give the features of at least one map.")
+    scores = {}
+    for name, X in maps.items():
+        data = check(X, Y, sem)
+        scores[name] = LinearModel.fit(data).leave_one_out(data).mean().item()
+    return max(scores, key=scores.__getitem__), scores

@@ -1,0 +1,204 @@
+"""Gaussian process surrogates: exact to a few thousand answers, sparse variational beyond."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from botorch.models import SingleTaskGP
+from botorch.models.transforms.input import InputTransform
+from botorch.models.transforms.outcome import Standardize
+from botorch.optim.fit import fit_gpytorch_mll_scipy
+from gpytorch.constraints import GreaterThan
+from gpytorch.kernels import AdditiveKernel, Kernel, LinearKernel, MaternKernel, ScaleKernel
+from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, GaussianLikelihood
+from gpytorch.mlls import ExactMarginalLogLikelihood
+from gpytorch.priors import GammaPrior, LogNormalPrior
+from linear_operator import settings as linop_settings
+from torch import Generator, Tensor, nn
+
+from tiltopt.errors import SurrogateError
+from tiltopt.surrogates.data import Data, device_only
+
+EXACT_LIMIT = 8192  # answers beyond which an exact GP does not fit a laptop
+
+
+class Project(InputTransform, nn.Module):
+    """x -> (x - shift) / scale, then, if there are axes, onto them: standardised features of mean square norm 1.
+
+    The mean squared distance of two points comes out as about 2 whatever d is, which fixes the scale of the
+    length-scale prior. Without axes no direction is lost, so that a point off the span of the answers stays uncertain.
+
+    Args:
+        shift, scale: (d,); axes: (d, k), orthonormal principal axes, or None to keep all directions.
+    """
+
+    def __init__(self, shift: Tensor, scale: Tensor, axes: Tensor | None = None) -> None:
+        super().__init__()
+        for name, value in (("shift", shift), ("scale", scale), ("axes", axes)):
+            self.register_buffer(name, None if value is None else value.detach().clone())
+        self.transform_on_train, self.transform_on_eval, self.transform_on_fantasize = True, True, True
+        self.is_one_to_many = False
+
+    @classmethod
+    def learn(cls, X: Tensor, max_dim: int | None) -> Project:
+        """From features (n, d), keeping at most `max_dim` principal axes (all directions if None or at least d)."""
+        shift, scale = X.mean(dim=0), X.std(dim=0)
+        varies = scale > 1e-9 * X.abs().amax(dim=0)
+        if not varies.any():
+            raise SurrogateError("no feature varies between the answers: a GP has nothing to learn from; check them.")
+        scale = torch.where(varies, scale, scale[varies].log().mean().exp()) * varies.sum().sqrt()
+        if max_dim is None or max_dim >= X.shape[1]:
+            return cls(shift, scale)
+        z = (X - shift) / scale
+        return cls(shift, scale, torch.linalg.eigh(z.T @ z)[1][:, -max_dim:])
+
+    def transform(self, X: Tensor) -> Tensor:
+        """(..., d) -> (..., k)."""
+        z = (X - self.shift) / self.scale
+        return z if self.axes is None else z @ self.axes
+
+    def equals(self, other: InputTransform) -> bool:
+        """Whether the other one is the same map."""
+        if not isinstance(other, Project) or (self.axes is None) != (other.axes is None):
+            return False
+        pairs = [(self.shift, other.shift), (self.scale, other.scale), (self.axes, other.axes)]
+        return all(a is None or torch.equal(a, b) for a, b in pairs)
+
+
+class GPModel(SingleTaskGP):
+    """Exact GP on projected features: constant mean, linear + Matern-5/2 covariance, standardised answers.
+
+    Where the error `sem` of each answer is known it is the likelihood's noise, and nothing is inferred beside it.
+    """
+
+    kind: ClassVar[str] = "gp"
+
+    def __init__(self, data: Data, project: Project) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # BoTorch wants unit-cube inputs; ours are standardised and projected
+            super().__init__(
+                data.X,
+                data.y[:, None],
+                train_Yvar=None if data.sem is None else _floored(data)[:, None],
+                likelihood=noise_model() if data.sem is None else None,
+                covar_module=covariance(),
+                outcome_transform=Standardize(1),
+                input_transform=project,
+            )
+
+    @classmethod
+    def fit(
+        cls,
+        data: Data,
+        *,
+        generator: Generator,
+        max_dim: int | None = None,
+        fit_size: int = 1024,
+        max_iterations: int = 100,
+    ) -> GPModel:
+        """Hyper-parameters by marginal likelihood on at most `fit_size` random answers, then all answers as data.
+
+        Args:
+            generator: chooses the answers for the hyper-parameters when there are more than `fit_size`.
+            max_dim: principal axes kept; None keeps every direction.
+            fit_size: answers used to find the hyper-parameters; each iteration costs O(fit_size^3).
+            max_iterations: of L-BFGS-B.
+
+        Raises:
+            SurrogateError: beyond 8192 answers; use `sparse=True` or another model there.
+        """
+        if len(data) > EXACT_LIMIT:
+            raise SurrogateError(
+                f"an exact GP takes at most {EXACT_LIMIT} answers, got {len(data)}; use sparse=True or `linear`."
+            )
+        project = Project.learn(data.X, max_dim)
+        part = data
+        if len(data) > fit_size:
+            part = data.select(torch.randperm(len(data), generator=generator)[:fit_size].to(data.y.device))
+        model = cls(part, project).to(data.X)
+        mll = ExactMarginalLogLikelihood(model.likelihood, model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a stopped line search still leaves the best point found
+            fit_gpytorch_mll_scipy(mll, options={"maxiter": max_iterations})
+        if part is not data:
+            full = cls(data, project).to(data.X)
+            _copy_hyperparameters(model, full)
+            model = full
+        return model.eval()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor]) -> GPModel:
+        """Moves between devices but stays in float64."""
+        return super()._apply(device_only(fn))
+
+    def posterior(self, X: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """See `botorch.models.SingleTaskGP.posterior`; X (b) x q x d is cast to float64."""
+        with linop_settings.max_cholesky_size(EXACT_LIMIT + 1):
+            return super().posterior(X.to(self.train_targets), *args, **kwargs)
+
+    @property
+    def noise_variance(self) -> Tensor:
+        """Noise of an answer beyond its known error, reward units squared, ()."""
+        if self.fixed:
+            return torch.zeros_like(self.train_targets[0])
+        return (self.likelihood.noise.squeeze() * self.outcome_transform.stdvs.squeeze() ** 2).detach()
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the error of each answer was given."""
+        return isinstance(self.likelihood, FixedNoiseGaussianLikelihood)
+
+    def data(self) -> Data:
+        """The answers it holds, reward units."""
+        transform = self.outcome_transform
+        X = self.train_inputs[0] if self._original_train_inputs is None else self._original_train_inputs
+        y = self.train_targets * transform.stdvs.squeeze() + transform.means.squeeze()
+        sem = (self.likelihood.noise_covar.noise.sqrt() * transform.stdvs.squeeze()) if self.fixed else None
+        return Data(X.detach(), y.detach(), None if sem is None else sem.detach().reshape(-1))
+
+    def leave_one_out(self, data: Data) -> Tensor:
+        """log p(y_i | all other answers) at the fitted hyper-parameters, (n,), nats, reward units; exact, no refit.
+
+        Source: Rasmussen and Williams 2006, eq. 5.10-5.12.
+        """
+        with torch.no_grad():
+            scale = self.outcome_transform.stdvs.squeeze()
+            y = (data.y - self.outcome_transform.means.squeeze()) / scale
+            known = self.noise_variance / scale**2 if data.sem is None else _floored(data) / scale**2
+            x = self.input_transform.transform(data.X)
+            K = self.covar_module(x).to_dense() + torch.diag_embed(known.expand(len(y)))
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(K))
+            residual = y - self.mean_module(x)
+            variance = 1 / inverse.diagonal()
+            z = (inverse @ residual) * variance
+            return torch.distributions.Normal(0.0, variance.sqrt()).log_prob(z) - scale.log()
+
+
+def covariance() -> Kernel:
+    """Linear plus Matern-5/2, with weak priors at the scale of `Project`."""
+    linear = LinearKernel(variance_prior=GammaPrior(1.5, 1.0))
+    matern = ScaleKernel(
+        MaternKernel(nu=2.5, lengthscale_prior=LogNormalPrior(0.5, 1.0)), outputscale_prior=GammaPrior(1.5, 1.0)
+    )
+    return AdditiveKernel(linear, matern)
+
+
+def noise_model() -> GaussianLikelihood:
+    """Homoscedastic noise, standardised units: a prior around a tenth of the variance, wide enough to be overruled."""
+    prior = LogNormalPrior(-2.0, 1.5)
+    return GaussianLikelihood(noise_prior=prior, noise_constraint=GreaterThan(1e-6, initial_value=0.1))
+
+
+def _floored(data: Data) -> Tensor:
+    """Known variances, floored at a millionth of the variance of the answers so that the GP stays solvable."""
+    return data.sem.square().clamp_min(1e-6 * data.y.var())
+
+
+def _copy_hyperparameters(source: GPModel, target: GPModel) -> None:
+    """Kernel, mean and noise of `source`, rescaled from the units its answers were standardised in."""
+    target.covar_module.load_state_dict(source.covar_module.state_dict())
+    target.mean_module.load_state_dict(source.mean_module.state_dict())
+    if not source.fixed:
+        target.likelihood.load_state_dict(source.likelihood.state_dict())
