@@ -58,8 +58,8 @@ def prepare(
     known = store.feature_id()
     if known is not None and known != engine.feature_id:
         raise StoreError(
-            f"the run's features come from {known!r}, but the engine's are {engine.feature_id!r}; open the run with the "
-            "feature settings it was made with, or start a new one."
+            f"the run's features come from {known!r}, but the engine's are {engine.feature_id!r}; open the run with "
+            "the feature settings it was made with, or start a new one."
         )
     plain = Job(RoundRecord(round_, "plain", n), asks, Plan(None, 0.0), None)
     if first <= settings.initial_batch_size:

@@ -145,8 +145,7 @@ class Store:
     def _query_row(
         self, round_: int, q: NewQuery, now: float, answers: Mapping[int, tuple[float, float | None]] | None
     ) -> dict[str, Any]:
-        row = asdict(q)
-        del row["vector"]
+        row = {name: value for name, value in vars(q).items() if name != "vector"}
         value, sem = (answers or {}).get(q.number, (None, None))
         state = "asked" if value is None else "answered"
         known = {"run_id": self.run_id, "round": round_, "state": state, "attempt": 1, "changed_at": now}
@@ -208,7 +207,9 @@ class Store:
             return self._get(c, number)
 
     def _get(self, c: Connection, number: int) -> Row[Any]:
-        row = c.execute(select(queries).where(queries.c.run_id == self.run_id, queries.c.number == number)).first()
+        row = c.execute(
+            select(queries).where(queries.c.run_id == self.run_id, queries.c.number == _key(number))
+        ).first()
         if row is None:
             last = self._next(c)[1] - 1
             has = f"the run has queries 1 to {last}" if last else "nothing has been asked yet"
@@ -290,7 +291,7 @@ class Store:
         self._move(number, "asked", ("answered",), and_(queries.c.round == later), **fresh)
 
     def _move(self, number: int, to: str, sources: Sequence[str], extra: Any = None, **values: Any) -> None:
-        where = [queries.c.run_id == self.run_id, queries.c.number == number, queries.c.state.in_(sources)]
+        where = [queries.c.run_id == self.run_id, queries.c.number == _key(number), queries.c.state.in_(sources)]
         if extra is not None:
             where.append(extra)
         with self.database.writing() as c:
@@ -336,6 +337,11 @@ class Store:
     def close(self) -> None:
         """Release the database."""
         self.database.close()
+
+
+def _key(number: int) -> int:
+    """A number that every database can compare; 0, which no query has, for one beyond their integers."""
+    return number if 0 <= number < 2**31 else 0
 
 
 def parts(numbers: list[int]) -> Iterator[list[int]]:
