@@ -6,6 +6,7 @@ import os
 import shutil
 import sqlite3
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,20 +38,18 @@ class TestSQLite(StoreContract):
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server() -> Iterator[str]:
     """The URL of a PostgreSQL server of our own."""
     pytest.importorskip("psycopg", reason="the driver psycopg is not installed")
     initdb = shutil.which("initdb") or next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))), None)
     if initdb is None:
         pytest.skip("no PostgreSQL server is installed (initdb is not found)")
-    folder = tmp_path_factory.mktemp("postgres")
+    folder = Path(tempfile.mkdtemp(prefix="tiltopt-"))  # not pytest's folder, which only its owner may enter
     as_user: list[str] = []
     if os.geteuid() == 0:  # the server refuses to run as root
         if shutil.which("setpriv") is None:
             pytest.skip("PostgreSQL does not run as root, and setpriv is not installed")
         as_user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
-        for place in (folder, folder.parent, folder.parent.parent):
-            os.chmod(place, 0o755)
         os.chown(folder, 65534, 65534)
     bin_ = Path(initdb).resolve().parent
     data = folder / "data"
@@ -64,6 +63,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"postgresql+psycopg://tilt@/postgres?host={folder}"
     finally:
         subprocess.run([*control, "-m", "immediate", "stop"], check=True, capture_output=True)
+        shutil.rmtree(folder)
 
 
 class TestPostgreSQL(StoreContract):
