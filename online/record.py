@@ -85,7 +85,13 @@ def load_run(folder: str | Path, queries: pd.DataFrame | None = None) -> RunReco
 
 
 def read_queries(folder: Path) -> pd.DataFrame:
-    """The queries of a run's store."""
+    """The queries of a run's store, or of the table that an evaluation leaves."""
+    table = folder / "queries.csv"
+    if table.exists() and not (folder / "queries.sqlite").exists() and not (folder / "store.json").exists():
+        try:
+            return pd.read_csv(table, dtype={"prompt": str, "state": str, "error": object}, keep_default_na=True)
+        except ValueError as error:
+            raise StoreError(f"{table}: expected a table of queries, got {error}. Run the evaluation again.") from error
     from tiltopt.online.optimizer import Optimizer
 
     run = Optimizer.open(folder, read_only=True)

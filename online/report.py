@@ -41,6 +41,12 @@ def write_report(run_dir: str | Path, record: RunRecord | None = None, *, per_ro
         ConfigError: not the folder of a run. StoreError: one of its files is damaged.
     """
     record = load_run(run_dir) if record is None else record
+    if record.summary.get("kind") == "evaluation":
+        from tiltopt.online.evaluation_report import evaluation_context
+
+        return save_page(
+            Path(run_dir) / "report.html", render(evaluation_context(record, per_round), "evaluation.html.j2")
+        )
     return save_page(Path(run_dir) / "report.html", render(context(record, per_round)))
 
 
@@ -131,19 +137,20 @@ def galleries(
             {
                 "number": int(number),
                 "name": "plain samples of the prior" if batch["predicted"].isna().all() else "tilted samples",
-                "cards": [_card(record, row, places, unit) for _, row in best.iterrows()],
+                "cards": [card(record, row, places, unit) for _, row in best.iterrows()],
                 "answered": len(answered),
                 "mean": charts.number(answered["value"].astype(float).mean(), places) if len(answered) else "–",
                 "unit": unit,
                 "predicted": bool(best["predicted"].notna().any()),
-                "others": [_trouble(row) for _, row in others.iterrows()][:20],
+                "others": [trouble(row) for _, row in others.iterrows()][:20],
                 "more_others": max(0, len(others) - 20),
             }
         )
     return shown[::-1]
 
 
-def _card(record: RunRecord, row: pd.Series, places: int, unit: str) -> dict[str, str]:
+def card(record: RunRecord, row: pd.Series, places: int, unit: str) -> dict[str, str]:
+    """One query as a gallery shows it: its image as a data URI, and its numbers as text."""
     predicted = ""
     if _is_number(row["predicted"]):
         predicted = charts.number(row["predicted"], places)
@@ -158,7 +165,8 @@ def _card(record: RunRecord, row: pd.Series, places: int, unit: str) -> dict[str
     }
 
 
-def _trouble(row: pd.Series) -> str:
+def trouble(row: pd.Series) -> str:
+    """One line about a query without an answer."""
     reason = row.get("error")
     text = f"#{int(row['id'])} {row['state']}"
     return f"{text}: {reason}" if isinstance(reason, str) and reason else text
@@ -198,7 +206,7 @@ def _best(record: RunRecord, answered: pd.DataFrame, places: int, unit: str) -> 
     if answered.empty:
         return None
     row = answered.loc[answered["value"].astype(float).idxmax()]
-    return _card(record, row, places, unit) | {"round": str(int(row["round"]))}
+    return card(record, row, places, unit) | {"round": str(int(row["round"]))}
 
 
 def _tiles(summary: Mapping[str, Any], places: int, unit: str) -> list[tuple[str, str, str]]:
