@@ -1,0 +1,26 @@
+"""Priors, and every way to draw from a prior tilted by a potential."""
+
+from tiltopt.samplers.baselines import BestOfN, PriorOnly
+from tiltopt.samplers.das import DAS
+from tiltopt.samplers.fk_steering import FKSteering
+from tiltopt.samplers.guidance import Guidance
+from tiltopt.samplers.pilot import Pilot, PilotCache, run_pilot
+from tiltopt.samplers.smc import Sampler, Samples, StepInfo
+from tiltopt.samplers.tds import TDS
+from tiltopt.samplers.tempering import Calibration
+
+__all__ = [
+    "DAS",
+    "TDS",
+    "BestOfN",
+    "Calibration",
+    "FKSteering",
+    "Guidance",
+    "Pilot",
+    "PilotCache",
+    "PriorOnly",
+    "Sampler",
+    "Samples",
+    "StepInfo",
+    "run_pilot",
+]

@@ -9,14 +9,16 @@ import torch
 from torch import Generator, Tensor
 
 from tiltopt.errors import ConfigError, PotentialError
-from tiltopt.samplers.feynman_kac import FLOOR, Twisted, TwistOptions, check_potential, gradient_of
+from tiltopt.samplers.feynman_kac import Twisted, TwistOptions
 from tiltopt.samplers.micro_batch import MicroBatches, Rows
+from tiltopt.samplers.potentials import check_potential, gradient_of
 from tiltopt.samplers.prior import Prior
 from tiltopt.samplers.smc import StepInfo, check_call, run_smc
 from tiltopt.samplers.tempering import Calibration, calibrate
 from tiltopt.types import Conditioning, Potential
 
 MIN_CHAINS_TO_CENTRE = 4
+MIN_SHARE_TO_CENTRE = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -76,21 +78,23 @@ class Pilot:
                 "The potential must be finite on plain prior chains (log G may be -inf), got NaN or +inf; "
                 "mend it, or use another `tempering` than 'calibrated'."
             )
-        return u[:-1].clamp_min(FLOOR), u[-1].clamp_min(FLOOR)
+        return _without_infinities(u[:-1], 5.0), _without_infinities(u[-1], 30.0)
 
     def calibrate(self, prior: Prior, potential: Potential, *, micro_batch: int | None = None) -> Calibration:
         """The tempering schedule that these chains teach about a potential.
 
-        Weights compare particles of one prompt only, so each prompt's mean is taken out of the potential first, where
-        every prompt has at least four chains.
+        Weights compare particles of one prompt only. So where prompts differ in their mean potential (it explains more
+        than a third of the final potential's variance, from at least four chains each), the means are taken out first.
         """
         u, u_final = self.look(prior, potential, micro_batch=micro_batch)
         return self.calibrate_from(u, u_final)
 
     def calibrate_from(self, u: Tensor, u_final: Tensor) -> Calibration:
         """The same from potentials (S, M) and (M,) that are already known, for instance from stored features."""
-        c = self.c
-        kappa = calibrate(_centre(u, self.cond.prompts), _centre(u_final, self.cond.prompts), c)
+        c, group = self.c, _groups(self.cond.prompts)
+        if _prompts_matter(u_final, group):
+            u, u_final = u - _group_means(u, group), u_final - _group_means(u_final, group)
+        kappa = calibrate(u, u_final, c)
         return Calibration(kappa, self.fractions, (*c.tolist(), 0.0))
 
     def x0_factors(self, prior: Prior, potential: Potential, *, micro_batch: int | None = None) -> X0Factors:
@@ -198,12 +202,28 @@ class PilotCache:
         return factors
 
 
-def _centre(u: Tensor, prompts: Sequence[str]) -> Tensor:
-    """u (..., M) minus each prompt's mean, if every prompt has enough chains to know one; u itself otherwise."""
-    names = list(dict.fromkeys(prompts))
-    group = torch.tensor([names.index(p) for p in prompts])
+def _without_infinities(u: Tensor, nats: float) -> Tensor:
+    """-inf replaced by `nats` below the smallest finite value (0 if there is none)."""
+    finite = u[torch.isfinite(u)]
+    return u.clamp_min(float(finite.min()) - nats if len(finite) else 0.0)
+
+
+def _groups(prompts: Sequence[str]) -> Tensor:
+    """(M,), the number of each chain's prompt."""
+    names = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    return torch.tensor([names[prompt] for prompt in prompts])
+
+
+def _group_means(u: Tensor, group: Tensor) -> Tensor:
+    """u (..., M) replaced by the mean of its group."""
+    count = torch.bincount(group).to(u.dtype)
+    total = torch.zeros(*u.shape[:-1], len(count), dtype=u.dtype).index_add(-1, group, u)
+    return (total / count)[..., group]
+
+
+def _prompts_matter(u_final: Tensor, group: Tensor) -> bool:
     count = torch.bincount(group)
-    if len(names) < 2 or int(count.min()) < MIN_CHAINS_TO_CENTRE:
-        return u
-    total = torch.zeros(*u.shape[:-1], len(names), dtype=u.dtype).index_add(-1, group, u)
-    return u - (total / count)[..., group]
+    if len(count) < 2 or int(count.min()) < MIN_CHAINS_TO_CENTRE:
+        return False
+    between = float(_group_means(u_final, group).var(correction=0))
+    return between > MIN_SHARE_TO_CENTRE * float(u_final.var(correction=0))

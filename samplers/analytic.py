@@ -1,0 +1,203 @@
+"""Priors whose scores are known exactly: what samplers are held to in tests, docs and benchmarks.
+
+A data law sum_i w_i N(mu_i, S_i) is noised to x_t = sqrt(abar) x + sqrt(1 - abar) eps. Its denoiser is
+
+    x0_hat(x) = sum_i r_i(x) (mu_i + sqrt(abar) S_i C_i^-1 (x - sqrt(abar) mu_i)),   C_i = abar S_i + (1 - abar) I,
+
+r_i the posterior probabilities of the components, and the chain is DDIM with eta (Song et al., arXiv 2010.02502, eq.
+12). With finitely many steps the chain's law differs from the data law; with one component it is Gaussian and known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from tiltopt.samplers.prior import Reverse
+from tiltopt.types import Conditioning
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """log G(x) = -(x - b)' A (x - b) / 2 in nats, for designs x of shape (n, d); A may be singular.
+
+    Args:
+        precision: A, (d, d), positive semi-definite.
+        centre: b, (d,).
+    """
+
+    precision: Tensor
+    centre: Tensor
+
+    def __call__(self, designs: Tensor, cond: Conditioning) -> Tensor:
+        off = designs - self.centre.to(designs)
+        return -0.5 * torch.einsum("ni,ij,nj->n", off, self.precision.to(designs), off)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """sum_i w_i N(mu_i, S_i) in d dimensions, float64.
+
+    Args:
+        log_weights: (I,), normalised.
+        means: (I, d).
+        covs: (I, d, d).
+    """
+
+    log_weights: Tensor
+    means: Tensor
+    covs: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """(d,)."""
+        return self.log_weights.exp() @ self.means
+
+    @property
+    def cov(self) -> Tensor:
+        """(d, d)."""
+        off = self.means - self.mean
+        weights = self.log_weights.exp()
+        return torch.einsum("i,ijk->jk", weights, self.covs) + torch.einsum("i,ij,ik->jk", weights, off, off)
+
+    def draw(self, n: int, generator: Generator) -> Tensor:
+        """(n, d) independent draws."""
+        which = torch.multinomial(self.log_weights.exp(), n, replacement=True, generator=generator)
+        z = torch.randn(n, self.means.shape[1], 1, generator=generator, dtype=torch.float64)
+        return self.means[which] + (torch.linalg.cholesky(self.covs)[which] @ z).squeeze(-1)
+
+    def tilt(self, potential: Quadratic) -> tuple[Mixture, Tensor]:
+        """The mixture times G, normalised, and log of the normalising constant.
+
+        S' = (S^-1 + A)^-1,  mu' = S'(S^-1 mu + A b),
+        log w' = log w - log|I + S A| / 2 - (mu - b)' A (I + S A)^-1 (mu - b) / 2.
+        """
+        a, b = potential.precision.double(), potential.centre.double()
+        spread = torch.eye(len(b), dtype=torch.float64) + self.covs @ a
+        covs = torch.linalg.solve(spread, self.covs)
+        means = torch.linalg.solve(spread, (self.means + self.covs @ (a @ b)).unsqueeze(-1)).squeeze(-1)
+        off = self.means - b
+        pull = torch.einsum("ij,jk,ik->i", off, a, torch.linalg.solve(spread, off.unsqueeze(-1)).squeeze(-1))
+        log_weights = self.log_weights - 0.5 * torch.logdet(spread) - 0.5 * pull
+        log_z = torch.logsumexp(log_weights, 0)
+        return Mixture(log_weights - log_z, means, (covs + covs.mT) / 2), log_z
+
+
+class MixturePrior:
+    """The DDIM chain over the exact scores of a Gaussian mixture.
+
+    Args:
+        data: the data law.
+        num_steps: K.
+        eta: 0 deterministic, 1 ancestral.
+        dtype: of events.
+        num_train_steps, beta_start, beta_end: the linear schedule of the noise.
+    """
+
+    def __init__(
+        self,
+        data: Mixture,
+        *,
+        num_steps: int = 100,
+        eta: float = 1.0,
+        dtype: torch.dtype = torch.float32,
+        num_train_steps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+    ) -> None:
+        self.data, self.num_steps, self.dtype = data, num_steps, dtype
+        self.event_shape = torch.Size([data.means.shape[1]])
+        betas = torch.linspace(beta_start, beta_end, num_train_steps, dtype=torch.float64)
+        abar = torch.cumprod(1 - betas, 0)
+        at = (torch.arange(num_steps) * (num_train_steps // num_steps)).flip(0)
+        self.abar = abar[at]  # (K,), of x_0 .. x_{K-1}
+        after = torch.cat([self.abar[1:], abar.new_ones(1)])
+        self.stds = eta * ((1 - after) / (1 - self.abar) * (1 - self.abar / after)).sqrt()
+        # mean of kernel k = from_x0[k] x0_hat + from_x[k] x
+        toward_noise = (1 - after - self.stds**2).clamp_min(0).sqrt() / (1 - self.abar).sqrt()
+        self.from_x = toward_noise
+        self.from_x0 = after.sqrt() - toward_noise * self.abar.sqrt()
+        eye = torch.eye(data.means.shape[1], dtype=torch.float64)
+        noisy = self.abar.view(-1, 1, 1, 1) * data.covs + (1 - self.abar).view(-1, 1, 1, 1) * eye  # (K, I, d, d)
+        inverse = torch.linalg.inv(noisy)
+        self._centres = (self.abar.sqrt().view(-1, 1, 1) * data.means).to(dtype)
+        self._precision = inverse.to(dtype)
+        self._gain = (self.abar.sqrt().view(-1, 1, 1, 1) * (data.covs @ inverse)).to(dtype)
+        self._log_norm = (data.log_weights - 0.5 * torch.logdet(noisy)).to(dtype)
+        self._means = data.means.to(dtype)
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Prompts mean nothing to this prior."""
+        return Conditioning(tuple(prompts))
+
+    def initial(self, n: int, generator: Generator) -> Tensor:
+        """Standard normal noise, (n, d)."""
+        return torch.randn(n, *self.event_shape, generator=generator, dtype=self.dtype)
+
+    def std(self, k: int) -> float:
+        """s_k."""
+        return float(self.stds[k])
+
+    def reverse(self, k: int, x: Tensor, cond: Conditioning) -> Reverse:
+        """The exact denoiser and the DDIM mean."""
+        off = x.unsqueeze(1) - self._centres[k]  # (n, I, d)
+        quadratic = torch.einsum("nij,ijk,nik->ni", off, self._precision[k], off)
+        responsibility = torch.softmax(self._log_norm[k] - 0.5 * quadratic, dim=1)
+        x0 = responsibility @ self._means + torch.einsum("ni,ijk,nik->nj", responsibility, self._gain[k], off)
+        return Reverse(float(self.from_x0[k]) * x0 + float(self.from_x[k]) * x, x0)
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Events are designs."""
+        return x0
+
+
+class LinearGaussianPrior(MixturePrior):
+    """One Gaussian: every kernel is linear in x, so the law of the chain is known for any number of steps."""
+
+    def __init__(self, mean: Tensor, cov: Tensor, **options: object) -> None:
+        data = Mixture(torch.zeros(1, dtype=torch.float64), mean.double()[None], cov.double()[None])
+        super().__init__(data, **options)  # type: ignore[arg-type]
+
+    def chain_law(self) -> Mixture:
+        """The exact law of x_K, by the recursion m <- F m + f, C <- F C F' + s^2 I."""
+        mean, cov = torch.zeros_like(self.data.means[0]), torch.eye(len(self.data.means[0]), dtype=torch.float64)
+        eye, mu, data_cov = torch.eye(len(mean), dtype=torch.float64), self.data.means[0], self.data.covs[0]
+        for k in range(self.num_steps):
+            root = self.abar[k].sqrt()
+            gain = root * data_cov @ torch.linalg.inv(self.abar[k] * data_cov + (1 - self.abar[k]) * eye)
+            forward = self.from_x0[k] * gain + self.from_x[k] * eye
+            mean = forward @ mean + self.from_x0[k] * (mu - root * gain @ mu)
+            cov = forward @ cov @ forward.mT + self.stds[k] ** 2 * eye
+        return Mixture(torch.zeros(1, dtype=torch.float64), mean[None], cov[None])
+
+
+def isotropic_mixture(means: Tensor, variance: float, weights: Tensor | None = None) -> Mixture:
+    """Components of covariance `variance` I at `means` (I, d), equally likely unless `weights` (I,) are given."""
+    means = means.double()
+    weights = torch.ones(len(means)) if weights is None else weights
+    covs = (variance * torch.eye(means.shape[1], dtype=torch.float64)).expand(len(means), -1, -1)
+    return Mixture((weights.double() / weights.sum()).log(), means, covs.contiguous())
+
+
+def grid_mixture() -> Mixture:
+    """Nine equal modes at {-4, 0, 4}^2, covariance .3 I: `GMM` of DAS."""
+    line = torch.tensor([-4.0, 0.0, 4.0], dtype=torch.float64)
+    return isotropic_mixture(torch.cartesian_prod(line, line), 0.3)
+
+
+def ring_mixture() -> Mixture:
+    """Eight equal modes on a circle of radius 4, covariance .3 I: `GMM2` of DAS."""
+    angle = torch.arange(8, dtype=torch.float64) * (math.pi / 4)
+    return isotropic_mixture(4 * torch.stack([angle.cos(), angle.sin()], 1), 0.3)
+
+
+def swiss_roll(num_turns: int = 96, num_across: int = 14, noise: float = 0.3) -> Mixture:
+    """A Swiss roll as a fine mixture: (t cos t, 21 u, t sin t) / 4, t in [1.5 pi, 4.5 pi], u in [0, 1]."""
+    t = 1.5 * math.pi * (1 + 2 * (torch.arange(num_turns, dtype=torch.float64) + 0.5) / num_turns)
+    u = (torch.arange(num_across, dtype=torch.float64) + 0.5) / num_across
+    tt, uu = torch.cartesian_prod(t, u).unbind(1)
+    return isotropic_mixture(torch.stack([tt * tt.cos(), 21 * uu, tt * tt.sin()], 1) / 4, noise**2)

@@ -1,0 +1,148 @@
+"""DAS: Diffusion Alignment as Sampling, arXiv 2501.05803, corrected and with a learnt tempering."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from torch import Generator, Tensor
+
+from tiltopt.errors import ConfigError
+from tiltopt.samplers.feynman_kac import Gradient, TwistOptions
+from tiltopt.samplers.pilot import Pilot, PilotCache
+from tiltopt.samplers.prior import Prior
+from tiltopt.samplers.run_twisted import check_settings, sample_twisted
+from tiltopt.samplers.smc import Samples, Select, StepInfo, check_call
+from tiltopt.samplers.tempering import (
+    NAMES,
+    Adaptive,
+    Calibration,
+    Schedule,
+    ScheduleFn,
+    exponential,
+    polynomial,
+    tabulate,
+)
+from tiltopt.types import Conditioning, Potential
+
+
+@dataclass(frozen=True)
+class DAS:
+    """Sequential Monte Carlo along the denoising chain, guided by the gradient of a tempered potential.
+
+        target    p(x0) G(x0),  psi_k(x) = lambda_k log G(decode(x0_hat(x, k))),  lambda_K = 1
+        proposal  N(m_k + s_k^2 grad psi_k, s_k^2)
+
+    Exact for every choice of the arguments below: the weights repair whatever the guidance approximates. `DAS()` is
+    what we recommend.
+
+    Args:
+        tempering: `calibrated` learns lambda_k from `pilot_chains` plain prior chains, run at the first call on at most
+            eight of its prompts, and kept in `cache`; `exp` is the published schedule; `polynomial` is (k/K)^degree;
+            `adaptive` bisects on the ESS; `none` is lambda = 1; or a `Calibration`, or any function (k, K) -> lambda.
+            With `calibrated`, the schedule depends on the first call's prompts: pass a `Calibration` where a query
+            must give the same design in every batch.
+        gamma: rate of `exp`; None reaches 1 after 88 % of the steps, as published.
+        degree: exponent of `polynomial`.
+        ess_threshold: resample a prompt when its ESS < ess_threshold * P. 0: never; 1: at every step.
+        resampling: `systematic`, `ssp`, `stratified`, `residual` or `multinomial`.
+        gradient: `full` through the denoiser; `x0` at x0_hat, times a factor fitted on the pilot; `none`.
+        gradient_every: a new gradient every so many steps, held in between.
+        potential_every: a new potential every so many steps, held in between.
+        select: what a loop takes of the particles: one `draw` by weight, the `argmax`, or `all`.
+        micro_batch: rows (prompts x particles) per network call; None: all. Halved when memory runs out.
+        nan: what a NaN or +inf potential does: `raise`, or `kill` the particle.
+        guidance_decoder: a cheaper events -> designs for every step but the last; None: the prior's.
+        x0_factor: (k, K) -> factor for gradient="x0"; None: fitted on the pilot.
+        pilot_chains: M, chains of the pilot.
+        pilot_seed: seed of the pilot's noise.
+        cache: the pilots of this sampler; give two samplers the same one to share them.
+
+    Example:
+        samples = DAS().sample(prior, potential, prior.encode(["cat"]), num_particles=4,
+                               generators=[torch.Generator().manual_seed(0)])
+    """
+
+    tempering: str | Calibration | ScheduleFn = "calibrated"
+    gamma: float | None = None
+    degree: float = 2.0
+    ess_threshold: float = 0.5
+    resampling: str = "systematic"
+    gradient: Gradient = "full"
+    gradient_every: int = 1
+    potential_every: int = 1
+    select: Select = "draw"
+    micro_batch: int | None = None
+    nan: Literal["raise", "kill"] = "raise"
+    guidance_decoder: Callable[[Tensor], Tensor] | None = None
+    x0_factor: ScheduleFn | None = None
+    pilot_chains: int = 64
+    pilot_seed: int = 0
+    cache: PilotCache = field(default_factory=PilotCache, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tempering, str) and self.tempering not in NAMES:
+            raise ConfigError(
+                f"`tempering` must be one of {', '.join(NAMES)} or a function (k, K) -> lambda, got {self.tempering!r}."
+            )
+        if self.gamma is not None and not self.gamma > 0:
+            raise ConfigError(f"`gamma` must be positive or None, got {self.gamma}.")
+        if self.pilot_chains < 8:
+            raise ConfigError(f"`pilot_chains` must be at least 8, got {self.pilot_chains}.")
+        check_settings(self.ess_threshold, self.resampling, self.select, self.micro_batch)
+        self._options(None)
+
+    def with_calibration(self, calibration: Calibration) -> DAS:
+        """The same sampler with a schedule learnt elsewhere."""
+        return replace(self, tempering=calibration)
+
+    def sample(
+        self,
+        prior: Prior,
+        potential: Potential,
+        cond: Conditioning,
+        *,
+        num_particles: int,
+        generators: Sequence[Generator],
+        callback: Callable[[StepInfo], None] | None = None,
+    ) -> Samples:
+        """See `tiltopt.samplers.smc.Sampler.sample`."""
+        check_call(cond, num_particles, generators)
+        factor = self.x0_factor
+        if self.gradient == "x0" and factor is None:
+            factor = self.cache.x0_factors(prior, potential, self._pilot(prior, cond), self.micro_batch)
+        schedule = self._schedule(prior, potential, cond)
+        return sample_twisted(
+            prior, potential, cond, schedule, self._options(factor), num_particles=num_particles,
+            generators=generators, ess_threshold=self.ess_threshold, resampling=self.resampling,
+            micro_batch=self.micro_batch, callback=callback,
+        )  # fmt: skip
+
+    def _options(self, factor: ScheduleFn | None) -> TwistOptions:
+        return TwistOptions(
+            gradient=self.gradient,
+            gradient_every=self.gradient_every,
+            potential_every=self.potential_every,
+            nan=self.nan,
+            guidance_decoder=self.guidance_decoder,
+            x0_factor=factor,
+        )
+
+    def _pilot(self, prior: Prior, cond: Conditioning) -> Pilot:
+        return self.cache.pilot(prior, cond, self.pilot_chains, self.pilot_seed, self.micro_batch)
+
+    def _schedule(self, prior: Prior, potential: Potential, cond: Conditioning) -> Schedule | Adaptive:
+        num_steps = prior.num_steps
+        if not isinstance(self.tempering, str):
+            return tabulate(self.tempering, num_steps)
+        if self.tempering == "adaptive":
+            return Adaptive(target=min(max(self.ess_threshold, 0.05), 0.95))
+        if self.tempering == "exp":
+            return tabulate(lambda k, n: exponential(k, n, self.gamma), num_steps)
+        if self.tempering == "polynomial":
+            return tabulate(lambda k, n: polynomial(k, n, self.degree), num_steps)
+        if self.tempering == "none":
+            return [1.0] * (num_steps + 1)
+        pilot = self._pilot(prior, cond)
+        return tabulate(self.cache.calibration(prior, potential, pilot, self.micro_batch), num_steps)

@@ -1,0 +1,121 @@
+"""Resampling schemes: normalised weights and uniforms in, ancestors out; vectorised over prompts.
+
+Every scheme is a pure function `(weights (B, P) float64, uniforms (B, U) in [0, 1)) -> ancestors (B, P)` and unbiased:
+the expected number of children of particle p is P * weights_p. `resample` draws the uniforms, each prompt's from its
+own generator. Source: Douc, Cappe and Moulines (2005); Gerber, Chopin and Whiteley (2019) for `ssp`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Generator, Tensor
+
+from tiltopt.errors import ConfigError
+
+_BELOW_ONE = 1.0 - 2.0**-53
+
+
+def _invert(weights: Tensor, points: Tensor) -> Tensor:
+    """The particle in whose slice of the cumulative weight each point lies; never one of weight zero."""
+    cdf = weights.cumsum(-1)
+    cdf = cdf / cdf[:, -1:]
+    return torch.searchsorted(cdf, points.clamp_max(_BELOW_ONE), right=True)
+
+
+def _expand(counts: Tensor) -> Tensor:
+    """Counts of children (B, P) that sum to P -> ancestors (B, P), in order."""
+    num_particles = counts.shape[-1]
+    slots = torch.arange(num_particles).expand_as(counts).contiguous()
+    return torch.searchsorted(counts.cumsum(-1), slots, right=True)
+
+
+def multinomial(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """P independent draws; uniforms (B, P)."""
+    return _invert(weights, uniforms.sort(-1).values)
+
+
+def stratified(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """One draw in each of P equal slices of the cumulative weight; uniforms (B, P)."""
+    num_particles = weights.shape[-1]
+    return _invert(weights, (torch.arange(num_particles) + uniforms) / num_particles)
+
+
+def systematic(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """A comb of P teeth with one random offset; uniforms (B, 1). Counts are floor or ceil of P * weight."""
+    num_particles = weights.shape[-1]
+    return _invert(weights, (torch.arange(num_particles) + uniforms) / num_particles)
+
+
+def residual(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """floor(P * weight) children for certain, the rest multinomial from the remainders; uniforms (B, P)."""
+    num_particles = weights.shape[-1]
+    scaled = num_particles * weights
+    counts = scaled.floor()
+    remainder = (scaled - counts).clamp_min(0)
+    missing = num_particles - counts.sum(-1, keepdim=True)
+    # a prompt without remainder draws nothing; its row only has to be a valid distribution
+    drawn = _invert(torch.where(remainder.sum(-1, keepdim=True) > 0, remainder, weights), uniforms)
+    used = (torch.arange(num_particles) < missing).to(counts.dtype)
+    return _expand(counts.scatter_add(-1, drawn, used).long())
+
+
+def ssp(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """Srinivasan sampling process: fractions are rounded in pairs, each pair keeping its sum; uniforms (B, P).
+
+    Counts are floor or ceil of P * weight, negatively associated whatever the order of the particles.
+    """
+    rows, num_particles = torch.arange(weights.shape[0]), weights.shape[-1]
+    scaled = num_particles * weights
+    counts = scaled.floor()
+    fraction = scaled - counts
+    carry, held = torch.zeros_like(rows), fraction[:, 0]
+    for j in range(1, num_particles):
+        new, u = fraction[:, j], uniforms[:, j]
+        total = held + new
+        full = total >= 1
+        # total < 1: one of the two takes it all; total >= 1: one is rounded up, the other keeps total - 1
+        first = torch.where(full, u * (2 - total) < 1 - new, u * total < held)
+        first = first | (total == 0)
+        index = torch.full_like(carry, j)
+        winner, loser = torch.where(first, carry, index), torch.where(first, index, carry)
+        counts[rows, winner] += full.to(counts.dtype)
+        carry = torch.where(full, loser, winner)
+        held = torch.where(full, total - 1, total)
+    counts[rows, carry] += held.round()
+    return _expand(counts.long())
+
+
+_SCHEMES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool]] = {
+    "systematic": (systematic, False),
+    "stratified": (stratified, True),
+    "residual": (residual, True),
+    "multinomial": (multinomial, True),
+    "ssp": (ssp, True),
+}
+SCHEMES = tuple(_SCHEMES)
+
+
+def check_scheme(name: str) -> str:
+    """`name` if it is a resampling scheme; ConfigError otherwise."""
+    if name not in _SCHEMES:
+        raise ConfigError(f"`resampling` must be one of {', '.join(SCHEMES)}, got {name!r}.")
+    return name
+
+
+def resample(name: str, log_w: Tensor, generators: Sequence[Generator]) -> Tensor:
+    """Ancestors of the next generation.
+
+    Args:
+        name: one of `SCHEMES`.
+        log_w: (B, P), nats, any offset per row; at least one finite entry in each row.
+        generators: B generators; row b draws its uniforms (float64) from generators[b] alone.
+
+    Returns:
+        (B, P) int64, in increasing order within a row.
+    """
+    scheme, one_each = _SCHEMES[check_scheme(name)]
+    size = log_w.shape[-1] if one_each else 1
+    uniforms = torch.stack([torch.rand(size, generator=g, dtype=torch.float64) for g in generators])
+    return scheme(torch.softmax(log_w.double(), dim=-1), uniforms)

@@ -1,0 +1,226 @@
+"""The one SMC loop, what it returns, and the interface of every sampler.
+
+A *flow* says what is sampled (`Flow`), `run_smc` says how: adaptive resampling, one generator per prompt, and one
+`select` that gathers every tensor field of every particle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Generator, Tensor
+
+from tiltopt.errors import ConfigError, PotentialError
+from tiltopt.samplers.prior import Prior
+from tiltopt.samplers.resampling import resample
+from tiltopt.samplers.weights import add_log_increment, ess, log_mean_exp, normalise
+from tiltopt.types import Conditioning, Potential
+
+Select = Literal["draw", "argmax", "all"]
+State = TypeVar("State", bound=tuple)
+
+
+class StepInfo(NamedTuple):
+    """What happened at step k = 0 .. K; fresh CPU tensors, for people only: nothing reads them back.
+
+    k: the step; K is the clean end.
+    ess: (B,), effective sample size at step k, before resampling.
+    ancestors: (B, P), the particles that go on from step k (0 .. P-1 in order where nothing was resampled).
+    temperature: (B,), lambda_k of the tempered potential, in [0, 1].
+    log_z: (B,), running estimate of the log normalising constant, nats.
+    mean_potential: (B,), mean over particles of log G at the look-ahead, nats; NaN where it was never evaluated.
+    """
+
+    k: int
+    ess: Tensor
+    ancestors: Tensor
+    temperature: Tensor
+    log_z: Tensor
+    mean_potential: Tensor
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Weighted particles of each prompt.
+
+    Args:
+        x0: (B, P, *event), clean events.
+        designs: (B, P, *design), decoded; images (B, P, 3, H, W) in [0, 1].
+        log_w: (B, P), nats, normalised: logsumexp over P is 0.
+        log_z: (B,), nats, estimate of log E_prior[G]; for an exact sampler E[exp(log_z)] is exactly E_prior[G].
+    """
+
+    x0: Tensor
+    designs: Tensor
+    log_w: Tensor
+    log_z: Tensor
+
+    @property
+    def ess(self) -> Tensor:
+        """(B,), effective sample size of the final weights."""
+        return ess(self.log_w)
+
+    def pick(self, select: Select, generators: Sequence[Generator]) -> Tensor:
+        """Indices of the particles to use, (B, 1) or, for `all`, (B, P).
+
+        `draw` takes one particle with probability equal to its weight, a sample of the tilted distribution;
+        `argmax` takes the heaviest, which is biased and less diverse. Row b draws from generators[b] alone.
+        """
+        num_prompts, num_particles = self.log_w.shape
+        if select == "all":
+            return torch.arange(num_particles).expand(num_prompts, -1)
+        if select == "argmax":
+            return self.log_w.argmax(dim=-1, keepdim=True).cpu()
+        if select != "draw":
+            raise ConfigError(f"`select` must be 'draw', 'argmax' or 'all', got {select!r}.")
+        uniforms = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])
+        cdf = self.log_w.double().cpu().exp().cumsum(-1)
+        return torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True).clamp_max(num_particles - 1)
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """Anything that draws weighted particles from the prior tilted by a potential."""
+
+    def sample(
+        self,
+        prior: Prior,
+        potential: Potential,
+        cond: Conditioning,
+        *,
+        num_particles: int,
+        generators: Sequence[Generator],
+        callback: Callable[[StepInfo], None] | None = None,
+    ) -> Samples:
+        """Draw `num_particles` weighted particles for each prompt of `cond`.
+
+        Args:
+            prior: the Markov chain to be tilted.
+            potential: designs (n, *design) and conditioning of n rows -> log G, (n,), nats.
+            cond: B prompts.
+            num_particles: P >= 1.
+            generators: B CPU generators; everything random about prompt b comes from generators[b] alone.
+            callback: called once per step, k = 0 .. K.
+        """
+        ...
+
+
+class Step(NamedTuple):
+    """Where a flow stands after one step.
+
+    particles: a NamedTuple of tensors (B, P, ...): all that the next step needs of each particle.
+    log_increment: (B, P) float64 CPU, nats, to be added to the log-weights.
+    temperature: (B,) float64 CPU.
+    mean_potential: (B,) float64 CPU, nats.
+    designs: (B, P, *design), decoded clean events, at the last step only.
+    """
+
+    particles: Any
+    log_increment: Tensor
+    temperature: Tensor
+    mean_potential: Tensor
+    designs: Tensor | None = None
+
+
+class Flow(Protocol):
+    """A Feynman-Kac flow: initial law, proposals, and log-weight increments."""
+
+    num_steps: int
+
+    def initial(self, generators: Sequence[Generator]) -> Step:
+        """x_0 and its first weights."""
+        ...
+
+    def propagate(self, k: int, parents: Any, log_w: Tensor, before: Step, generators: Sequence[Generator]) -> Step:
+        """x_k from the particles at k - 1, whose log-weights are `log_w`; `before` is the step they come from."""
+        ...
+
+
+def select(particles: State, ancestors: Tensor) -> State:
+    """The particles that go on: row a of prompt b becomes its ancestor's, in every field.
+
+    Args:
+        particles: NamedTuple of tensors (B, P, ...).
+        ancestors: (B, P) int64.
+    """
+    rows = torch.arange(ancestors.shape[0]).unsqueeze(-1)
+    return type(particles)(*(field[rows.to(field.device), ancestors.to(field.device)] for field in particles))
+
+
+def check_call(cond: Conditioning, num_particles: int, generators: Sequence[Generator]) -> None:
+    """Refuse a call that cannot be sampled. Raises ConfigError."""
+    if num_particles < 1:
+        raise ConfigError(f"`num_particles` must be at least 1, got {num_particles}.")
+    if not cond.prompts:
+        raise ConfigError("`cond` must hold at least one prompt, got none; build it with `prior.encode([...])`.")
+    if len(generators) != len(cond.prompts):
+        raise ConfigError(
+            f"`generators` must hold one generator per prompt ({len(cond.prompts)}), got {len(generators)}."
+        )
+
+
+def run_smc(
+    flow: Flow,
+    *,
+    prompts: Sequence[str],
+    num_particles: int,
+    generators: Sequence[Generator],
+    ess_threshold: float,
+    resampling: str,
+    callback: Callable[[StepInfo], None] | None = None,
+) -> tuple[Step, Tensor, Tensor]:
+    """Sequential Monte Carlo with adaptive resampling, all prompts at once.
+
+    log Z-hat = sum over resampling times of log mean(w), and the weights start again from 1 after each of them.
+
+    Args:
+        flow: what is sampled.
+        prompts: B prompts, for messages.
+        num_particles: P.
+        generators: one per prompt.
+        ess_threshold: in [0, 1]; prompt b is resampled when its ESS < ess_threshold * P. 0: never; 1: at every step.
+        resampling: a scheme of `tiltopt.samplers.resampling`.
+        callback: called once per step.
+
+    Returns:
+        the last step, normalised log_w (B, P) and log_z (B,), both float64 on the CPU.
+
+    Source: Del Moral, Doucet and Jasra (2006); Chopin and Papaspiliopoulos (2020), algorithm 10.2.
+    """
+    stay = torch.arange(num_particles).expand(len(prompts), -1)
+    step = flow.initial(generators)
+    log_w, log_z = step.log_increment, torch.zeros(len(prompts), dtype=torch.float64)
+    for k in range(flow.num_steps + 1):
+        _check_alive(log_w, k, prompts)
+        n_eff, log_mean, ancestors = ess(log_w), log_mean_exp(log_w), stay
+        parents, hit = step.particles, (n_eff < ess_threshold * num_particles) | (ess_threshold >= 1)
+        resampled = k < flow.num_steps and bool(hit.any())
+        if resampled:
+            rows = hit.nonzero().squeeze(-1)
+            drawn = resample(resampling, log_w[rows], [generators[b] for b in rows.tolist()])
+            ancestors = stay.clone().index_copy(0, rows, drawn)
+        if callback is not None:
+            callback(StepInfo(k, n_eff, ancestors.clone(), step.temperature.clone(), log_z + log_mean,
+                              step.mean_potential.clone()))  # fmt: skip
+        if k == flow.num_steps:
+            return step, normalise(log_w), log_z + log_mean
+        if resampled:
+            parents = select(parents, ancestors)
+            log_z = torch.where(hit, log_z + log_mean, log_z)
+            log_w = torch.where(hit.unsqueeze(-1), torch.zeros_like(log_w), log_w)
+        step = flow.propagate(k + 1, parents, log_w, step, generators)
+        log_w = add_log_increment(log_w, step.log_increment)
+    raise AssertionError("unreachable: the loop returns at its last step")
+
+
+def _check_alive(log_w: Tensor, k: int, prompts: Sequence[str]) -> None:
+    dead = (log_w == -torch.inf).all(dim=-1)
+    if bool(dead.any()):
+        b = int(dead.nonzero()[0])
+        raise PotentialError(
+            f"Every particle of prompt {b} ({prompts[b]!r}) has weight zero at step {k}: log G was -inf, or NaN with "
+            "nan='kill'. Use more particles, or a potential that is finite on the prior's samples."
+        )
