@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tiltopt.rewards import aesthetic, custom, images, multi, planted, text_image
+from tiltopt.rewards import aesthetic, custom, endpoint, images, multi, planted, text_image, vlm
 from tiltopt.rewards.base import BlackBox, Options, RewardOptionError, Score, near, parse_options
 
 
@@ -54,6 +54,8 @@ REWARDS: dict[str, Entry] = {
     "clip": _differentiable("clip", "scaled cosine", text_image.ClipOptions, text_image.build_score),
     "pick": _differentiable("pick", "scaled cosine", text_image.PickOptions, text_image.build_score),
     "planted": _differentiable("planted", "standard deviations", planted.PlantedOptions, planted.build_score),
+    "http": Entry(endpoint.HttpOptions, endpoint.HttpReward),
+    "vlm": Entry(vlm.VlmOptions, vlm.VlmReward),
     "multi": Entry(multi.MultiOptions, _build_multi),
 }
 
