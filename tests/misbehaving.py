@@ -41,7 +41,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        seen = Seen(self.path, dict(self.headers), json.loads(body))
+        seen = Seen(self.path, {key.lower(): value for key, value in self.headers.items()}, json.loads(body))
         with self.lock:
             number = len(self.state.requests)
             self.state.requests.append(seen)

@@ -73,7 +73,7 @@ def test_request_and_reply_follow_the_schema():
     assert [answer.value for answer in answers] == [4.0, 5.0, 6.0]
     (request,) = server.requests
     assert request.path == "/score"
-    assert request.headers["Authorization"] == f"Bearer {TOKEN}"
+    assert request.headers["authorization"] == f"Bearer {TOKEN}"
     assert request.body["version"] == 1
     assert [item["prompt"] for item in request.body["items"]] == ["a", "b", "a"]
     assert [item["id"] for item in request.body["items"]] == request_ids(images, ["a", "b", "a"])
@@ -84,7 +84,7 @@ def test_request_and_reply_follow_the_schema():
 def test_no_token_no_header():
     with serve(good) as server:
         reward(server)(pictures(1), [""])
-    assert "Authorization" not in server.requests[0].headers
+    assert "authorization" not in server.requests[0].headers
 
 
 def test_ids_are_of_the_content_and_unique():
