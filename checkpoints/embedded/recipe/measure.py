@@ -105,6 +105,9 @@ class Measurement:
         self.nouns = [g.noun for g in load(options.work / "glyphs.npz")[1]]
         self.held_out = Pool.open(options.work / "pools" / options.held_out)
 
+    def sample(self, prompts: Sequence[str], seed: int) -> Tensor:
+        return sample(self.pipeline, prompts, seed=seed, steps=self.options.steps)
+
     def clip_zero_shot(self) -> dict[str, Any]:
         shown = [self.nouns[g] for g in self.held_out.codes["glyph"]]
         return zero_shot(self.towers, pixels(self.held_out.images), shown)
@@ -131,7 +134,7 @@ class Measurement:
         """Samples of every animal, judged by the judge and by the CLIP; also draws the contact sheet."""
         each = self.options.each
         names = [a for a in ANIMALS for _ in range(each)]
-        images = sample(self.pipeline, [with_article(a) for a in names], seed=1)
+        images = self.sample([with_article(a) for a in names], seed=1)
         right = self.judge.correct(images, names)
         texts = self.towers.texts(self.towers.tokens([f"a photo of {with_article(a)}" for a in ANIMALS]))
         with torch.no_grad():
@@ -153,7 +156,7 @@ class Measurement:
         few = [with_article(ANIMALS[(7 * i) % len(ANIMALS)]) for i in range(self.options.per_word)]
         prompts = {w or "(none)": [f"{a} on a {w} background" if w else a for a in few] for w in WORDS}
         prompts.update({s: [f"a {s} {a.split(' ', 1)[1]}" for a in few] for s in STYLED})
-        return {w: summary(jpeg_kilobytes(sample(self.pipeline, p, seed=7))) for w, p in prompts.items()}
+        return {w: summary(jpeg_kilobytes(self.sample(p, seed=7))) for w, p in prompts.items()}
 
     def denoiser(self) -> dict[str, Any]:
         """Mean squared error of v on held-out pictures, whole and by quarter of the noise range."""
@@ -195,8 +198,8 @@ class Measurement:
 
         return {
             "threads": torch.get_num_threads(),
-            "plain_ms": _clock(plain) / 16,
-            "with_gradient_ms": _clock(guided) / 16,
+            "plain_ms": _clock(plain, self.options.repeats) / 16,
+            "with_gradient_ms": _clock(guided, self.options.repeats) / 16,
         }
 
     def sizes(self) -> dict[str, Any]:
@@ -207,7 +210,7 @@ class Measurement:
         return {f"{n}_parameters": sum(p.numel() for p in m.parameters()) for n, m in parts.items()}
 
 
-def _clock(call: Callable[[], None], times: int = 7) -> float:
+def _clock(call: Callable[[], None], times: int) -> float:
     call()
     spent = []
     for _ in range(times):
@@ -259,7 +262,9 @@ def arguments() -> argparse.ArgumentParser:
     out.add_argument("--held-out", default="held_out", help="pool of pictures never trained on, with latents")
     out.add_argument("--each", type=int, default=4, help="samples per animal")
     out.add_argument("--per-word", type=int, default=16, help="samples per background word")
+    out.add_argument("--steps", type=int, default=25, help="denoising steps of the samples")
     out.add_argument("--loss-batches", type=int, default=10)
+    out.add_argument("--repeats", type=int, default=7, help="timings of which the median counts")
     out.add_argument("--only", nargs="*", choices=SECTIONS, help="measure only these sections")
     out.add_argument("--out", type=Path, default=EMBEDDED / "measurements.json")
     out.add_argument("--sheet", type=Path, default=EMBEDDED / "contact_sheet.png")
