@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import io
 import json
 import sys
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from tests.misbehaving import half, hangs_up, says, serve, slow
 from tiltopt.errors import ConfigError, RewardError
 from tiltopt.online.runner import Runner
 from tiltopt.rewards import BlackBox, Retry, make_reward, validate
-from tiltopt.rewards.endpoint import request_ids
+from tiltopt.rewards.endpoint import HttpOptions, HttpReward, request_ids
 from tiltopt.rewards.remote import RemoteError, retry_after
 
 TOKEN = "sesame-4711"
@@ -229,3 +231,20 @@ def test_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "httpx", None)
     with pytest.raises(RewardError, match=r"pip install 'tiltopt\[server\]'"):
         make_reward("http", url="http://x")
+
+
+def test_the_example_server_speaks_the_schema():
+    testclient = pytest.importorskip("starlette.testclient")
+    path = Path(__file__).parents[1] / "examples" / "http_reward.py"
+    spec = importlib.util.spec_from_file_location("example_http_reward", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    box = HttpReward(HttpOptions(url="http://testserver/score"), client=testclient.TestClient(example.app))
+    values = [answer.value for answer in box([Image.new("RGB", (4, 4), (9, 9, 9)), Image.new("RGB", (4, 4))], ["", ""])]
+    assert values == [9.0, 0.0]
+
+
+def test_the_example_of_an_own_reward():
+    path = Path(__file__).parents[1] / "examples" / "own_reward.py"
+    box = make_reward(f"{path}:greenness")
+    assert box([Image.new("RGB", (4, 4), (0, 50, 50)), Image.new("RGB", (4, 4))], ["", ""]) == [50.0, 0.0]
