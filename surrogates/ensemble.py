@@ -25,7 +25,7 @@ class EnsembleSurrogate(EnsembleModel):
         super().__init__()
         self._num_outputs = 1
         for name, value in tensors.items():
-            self.register_buffer(name, value.detach().clone())
+            self.register_buffer(name, value.detach().clone(memory_format=torch.contiguous_format))
         self.eval()
 
     @property

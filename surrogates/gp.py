@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from botorch.models import SingleTaskGP
+from botorch.models.deterministic import DeterministicModel
 from botorch.models.transforms.input import InputTransform
 from botorch.models.transforms.outcome import Standardize
 from botorch.optim.fit import fit_gpytorch_mll_scipy
@@ -38,7 +40,7 @@ class Project(InputTransform, nn.Module):
     def __init__(self, shift: Tensor, scale: Tensor, axes: Tensor | None = None) -> None:
         super().__init__()
         for name, value in (("shift", shift), ("scale", scale), ("axes", axes)):
-            self.register_buffer(name, None if value is None else value.detach().clone())
+            self.register_buffer(name, None if value is None else value.detach().contiguous().clone())
         self.transform_on_train, self.transform_on_eval, self.transform_on_fantasize = True, True, True
         self.is_one_to_many = False
 
@@ -77,6 +79,7 @@ class GPModel(SingleTaskGP):
     kind: ClassVar[str] = "gp"
 
     def __init__(self, data: Data, project: Project) -> None:
+        self.data = data  # plain, not a buffer: BoTorch must neither transform nor cast it
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # BoTorch wants unit-cube inputs; ours are standardised and projected
             super().__init__(
@@ -145,18 +148,47 @@ class GPModel(SingleTaskGP):
             return torch.zeros_like(self.train_targets[0])
         return (self.likelihood.noise.squeeze() * self.outcome_transform.stdvs.squeeze() ** 2).detach()
 
+    def standardised(self, y: Tensor) -> Tensor:
+        """Answers (n,) in the units the GP works in."""
+        return (y - self.outcome_transform.means.squeeze()) / self.outcome_transform.stdvs.squeeze()
+
     @property
     def fixed(self) -> bool:
         """Whether the error of each answer was given."""
         return isinstance(self.likelihood, FixedNoiseGaussianLikelihood)
 
-    def data(self) -> Data:
-        """The answers it holds, reward units."""
-        transform = self.outcome_transform
-        X = self.train_inputs[0] if self._original_train_inputs is None else self._original_train_inputs
-        y = self.train_targets * transform.stdvs.squeeze() + transform.means.squeeze()
-        sem = (self.likelihood.noise_covar.noise.sqrt() * transform.stdvs.squeeze()) if self.fixed else None
-        return Data(X.detach(), y.detach(), None if sem is None else sem.detach().reshape(-1))
+    def sample_function(self, generator: Generator, features: int = 2048) -> SampledGP:
+        """One draw of the whole function by Matheron's rule, a deterministic BoTorch model; for Thompson sampling.
+
+        Exact but for the Matern prior, which is drawn from `features` random Fourier features.
+        """
+        return SampledGP(self, generator, features)
+
+    def settings(self) -> dict[str, Any]:
+        """Nothing beside the tensors."""
+        return {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Answers, input map and hyper-parameters: what `restore` needs."""
+        out = {f"data.{k}": v for k, v in vars(self.data).items() if v is not None}
+        out |= {f"project.{k}": v for k, v in self.input_transform.state_dict().items()}
+        for part in ("covar_module", "mean_module", "likelihood"):
+            if part != "likelihood" or not self.fixed:
+                out |= {f"{part}.{k}": v for k, v in getattr(self, part).state_dict().items()}
+        return out
+
+    @classmethod
+    def restore(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> GPModel:
+        """The model that `settings` and `tensors` came from, bit for bit."""
+
+        def group(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        model = cls(Data(**group("data.")), Project(**group("project.")))
+        for part in ("covar_module", "mean_module", "likelihood"):
+            if group(f"{part}."):
+                getattr(model, part).load_state_dict(group(f"{part}."))
+        return model.eval()
 
     def leave_one_out(self, data: Data) -> Tensor:
         """log p(y_i | all other answers) at the fitted hyper-parameters, (n,), nats, reward units; exact, no refit.
@@ -165,7 +197,7 @@ class GPModel(SingleTaskGP):
         """
         with torch.no_grad():
             scale = self.outcome_transform.stdvs.squeeze()
-            y = (data.y - self.outcome_transform.means.squeeze()) / scale
+            y = self.standardised(data.y)
             known = self.noise_variance / scale**2 if data.sem is None else _floored(data) / scale**2
             x = self.input_transform.transform(data.X)
             K = self.covar_module(x).to_dense() + torch.diag_embed(known.expand(len(y)))
@@ -174,6 +206,55 @@ class GPModel(SingleTaskGP):
             variance = 1 / inverse.diagonal()
             z = (inverse @ residual) * variance
             return torch.distributions.Normal(0.0, variance.sqrt()).log_prob(z) - scale.log()
+
+
+class SampledGP(DeterministicModel):
+    """f(x) = g(x) + k(x, X) (K + V)^-1 (y - g(X) - e), with g a draw of the prior and e one of the noise.
+
+    Sources: Wilson et al. 2020, arXiv 2002.09309, eq. 12; Rahimi and Recht 2007 (the Matern-5/2 spectral density is a
+    multivariate Student t with 5 degrees of freedom).
+    """
+
+    def __init__(self, model: GPModel, generator: Generator, features: int) -> None:
+        super().__init__()
+        self._num_outputs = 1
+        self.model = model
+        with torch.no_grad():
+            z = model.input_transform.transform(model.data.X)
+            linear, matern = model.covar_module.kernels
+
+            def normal(*shape: int) -> Tensor:
+                return torch.randn(*shape, generator=generator, dtype=z.dtype).to(z.device)
+
+            radius = (normal(features, 5).square().mean(dim=1)).sqrt()
+            self.register_buffer(
+                "frequency", normal(features, z.shape[1]) / radius[:, None] / matern.base_kernel.lengthscale
+            )
+            self.register_buffer(
+                "phase", 2 * math.pi * torch.rand(features, generator=generator, dtype=z.dtype).to(z.device)
+            )
+            self.register_buffer("amplitude", normal(features) * (2 * matern.outputscale / features).sqrt())
+            self.register_buffer("slope", normal(z.shape[1]) * linear.variance.squeeze().sqrt())
+            noise = model.likelihood.noise.reshape(-1).expand(len(z))
+            K = model.covar_module(z).to_dense() + torch.diag_embed(noise)
+            target = model.standardised(model.data.y) - model.mean_module(z) - self._prior(z)
+            target = target - noise.sqrt() * normal(len(z))
+            self.register_buffer("coefficients", torch.cholesky_solve(target[:, None], torch.linalg.cholesky(K)))
+            self.register_buffer("z", z)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SampledGP:
+        return super()._apply(device_only(fn), recurse)
+
+    def _prior(self, z: Tensor) -> Tensor:
+        return torch.cos(z @ self.frequency.T + self.phase) @ self.amplitude + z @ self.slope
+
+    def forward(self, X: Tensor) -> Tensor:
+        """(b) x q x d -> (b) x q x 1, reward units."""
+        z = self.model.input_transform.transform(X.to(self.z))
+        update = (self.model.covar_module(z, self.z).to_dense() @ self.coefficients).squeeze(-1)
+        value = self.model.mean_module(z) + self._prior(z) + update
+        transform = self.model.outcome_transform
+        return (transform.means.squeeze() + transform.stdvs.squeeze() * value).unsqueeze(-1)
 
 
 def covariance() -> Kernel:

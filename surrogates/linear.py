@@ -10,7 +10,7 @@ from botorch.models.deterministic import DeterministicModel
 from botorch.models.model import Model
 from botorch.posteriors.gpytorch import GPyTorchPosterior
 from gpytorch.distributions import MultivariateNormal
-from linear_operator.operators import RootLinearOperator
+from linear_operator.operators import RootLinearOperator, to_linear_operator
 from torch import Generator, Tensor, nn
 
 from tiltopt.surrogates.data import Data, device_only
@@ -49,7 +49,7 @@ class LinearModel(Model):
     def __init__(self, tensors: dict[str, Tensor], trunk: nn.Module | None = None) -> None:
         super().__init__()
         for name, value in tensors.items():
-            self.register_buffer(name, value.detach().clone())
+            self.register_buffer(name, value.detach().clone(memory_format=torch.contiguous_format))
         self.trunk = nn.Identity() if trunk is None else trunk.requires_grad_(False).eval()
         self.eval()
 
@@ -83,15 +83,14 @@ class LinearModel(Model):
         mean = self.y_mean + self.y_scale * (self.intercept + h @ self.weights)
         root = self.y_scale * self._root(h)
         q = X.shape[-2]
-        noise = self._noise(observation_noise, mean)
         if q > DENSE_Q:
             covariance = RootLinearOperator(root)
-            if noise is not None:
-                covariance = covariance.add_diagonal(noise)
-        else:
-            covariance = root @ root.mT if q > 1 else root.square().sum(dim=-1, keepdim=True)
-            if noise is not None:
-                covariance = covariance + torch.diag_embed(noise)
+        else:  # as an operator, because gpytorch factorises plain tensors at once, and many points are degenerate
+            dense = root @ root.mT if q > 1 else root.square().sum(dim=-1, keepdim=True)
+            covariance = to_linear_operator(dense)
+        noise = self._noise(observation_noise, mean)
+        if noise is not None:
+            covariance = covariance.add_diagonal(noise)
         posterior = LinearPosterior(MultivariateNormal(mean, covariance))
         return posterior if posterior_transform is None else posterior_transform(posterior)
 

@@ -1,0 +1,192 @@
+"""Acquisitions over surrogates: how good it would be to ask about a point, in reward units, with a gradient."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from botorch.acquisition import (
+    AcquisitionFunction,
+    LogExpectedImprovement,
+    PosteriorMean,
+    UpperConfidenceBound,
+    qLogExpectedImprovement,
+    qUpperConfidenceBound,
+)
+from botorch.models.ensemble import EnsembleModel
+from botorch.models.model import Model
+from botorch.sampling.get_sampler import get_sampler
+from torch import Generator, Tensor, nn
+
+from tiltopt.errors import SurrogateError
+
+NAMES = ("mean", "ucb", "log_ei", "thompson", "max_member", "qucb", "qlog_ei")
+ALIASES = {"greedy": "mean", "qlognei": "qlog_ei", "qlogei": "qlog_ei", "logei": "log_ei"}
+MC_SAMPLES = 128
+
+
+class Acquisition(AcquisitionFunction):
+    """A BoTorch acquisition that takes any float type and any X of (b) x 1 x d, and computes in float64.
+
+    Args:
+        name: what it is, for people.
+        inner: maps (b) x 1 x d float64 to (b).
+        model: what it looks at.
+        device: where the model lives.
+    """
+
+    def __init__(self, name: str, inner: nn.Module, model: Model, device: torch.device) -> None:
+        super().__init__(model)
+        self.name, self.inner, self.device = name, inner, device
+
+    def forward(self, X: Tensor) -> Tensor:
+        """(b) x 1 x d -> (b), reward units (nats of improvement for the log-EI family), float64."""
+        if X.ndim < 2 or X.shape[-2] != 1:
+            raise SurrogateError(f"acquisition `{self.name}` takes X of shape (b, 1, d), got {tuple(X.shape)}.")
+        return self.inner(X.to(device=self.device, dtype=torch.float64))
+
+
+class MaxMember(nn.Module):
+    """max_k f_k(x) over the members of an ensemble; source: SEIKO, arXiv 2402.16359, bootstrap variant."""
+
+    def __init__(self, model: EnsembleModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, X: Tensor) -> Tensor:
+        return self.model.posterior(X).values.amax(dim=-3)[..., 0, 0]
+
+
+class Member(nn.Module):
+    """f_k(x), one member of an ensemble: what Thompson sampling draws from it."""
+
+    def __init__(self, model: EnsembleModel, k: int) -> None:
+        super().__init__()
+        self.model, self.k = model, k
+
+    def forward(self, X: Tensor) -> Tensor:
+        return self.model.posterior(X).values[..., self.k, 0, 0]
+
+
+class Draw(nn.Module):
+    """f(x) of one posterior draw f of a whole function."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, X: Tensor) -> Tensor:
+        return self.function(X)[..., 0, 0]
+
+
+def make_acquisition(
+    name: str,
+    model: Model,
+    *,
+    beta: float = 1.0,
+    best_f: float | None = None,
+    X_pending: Tensor | None = None,
+    generator: Generator | None = None,
+    index: int | None = None,
+) -> Acquisition:
+    """An acquisition by name.
+
+    | name | value at x | needs |
+    |---|---|---|
+    | mean, greedy | mu(x) | |
+    | ucb | mu(x) + sqrt(beta) sigma(x), BoTorch's convention: beta = 4 is two standard deviations | beta |
+    | log_ei | log E max(f(x) - best_f, 0) | best_f |
+    | thompson | f(x), f one draw of the posterior; one call is one draw: make one per prompt | generator |
+    | max_member | max_k f_k(x) | an ensemble |
+    | qucb | Monte-Carlo UCB of x jointly with the points already asked | generator |
+    | qlog_ei | the same for log EI | best_f, generator |
+
+    sigma is that of f, without the noise of an answer. Values are in reward units; log_ei and qlog_ei are logarithms,
+    so that dividing them by alpha gives (EI)^(1/alpha).
+
+    Args:
+        beta: >= 0, multiplies the variance under the root.
+        best_f: best answer so far (or best posterior mean, if answers are noisy), reward units.
+        X_pending: (m, d), features of points asked but not answered; only the q-acquisitions take them into account.
+        generator: of the Thompson draw and of the Monte-Carlo base samples.
+        index: which prompt of the batch a Thompson draw is for: folded into the draw, so that one generator state
+            gives different functions for different prompts.
+
+    Raises:
+        SurrogateError: on an unknown name, a missing or impossible argument, or a model that cannot do it.
+    """
+    name = ALIASES.get(name, name)
+    if name not in NAMES:
+        raise SurrogateError(f"unknown acquisition {name!r}; choose one of {', '.join(NAMES)}.")
+    if not (beta >= 0 and math.isfinite(beta)):
+        raise SurrogateError(f"`beta` must be finite and >= 0, got {beta}.")
+    if name in ("log_ei", "qlog_ei") and (best_f is None or not math.isfinite(best_f)):
+        raise SurrogateError(f"acquisition `{name}` needs `best_f`, the best answer so far, got {best_f}.")
+    if name in ("thompson", "qucb", "qlog_ei") and generator is None:
+        raise SurrogateError(f"acquisition `{name}` draws at random and needs a `generator`.")
+    device = next((t.device for t in model.state_dict().values()), torch.device("cpu"))
+    return Acquisition(name, _inner(name, model, beta, best_f, X_pending, generator, index), model, device)
+
+
+def _inner(
+    name: str,
+    model: Model,
+    beta: float,
+    best_f: float | None,
+    X_pending: Tensor | None,
+    generator: Generator | None,
+    index: int | None,
+) -> nn.Module:
+    if name == "mean":
+        return PosteriorMean(model)
+    if name == "ucb":
+        return UpperConfidenceBound(model, beta=torch.tensor(float(beta), dtype=torch.float64))
+    if name == "log_ei":
+        return LogExpectedImprovement(model, best_f=torch.tensor(float(best_f), dtype=torch.float64))
+    if name == "max_member":
+        if not isinstance(model, EnsembleModel):
+            raise SurrogateError(
+                f"`max_member` needs an ensemble, got a {type(model).__name__}; set the surrogate to `ensemble`, "
+                "or the acquisition to `ucb`."
+            )
+        return MaxMember(model)
+    seed = _seed(generator, index)
+    if name == "thompson":
+        return thompson(model, torch.Generator().manual_seed(seed))
+    pending = None if X_pending is None or len(X_pending) == 0 else X_pending.detach().to(torch.float64)
+    probe = torch.zeros(1, _dim(model), dtype=torch.float64) if pending is None else pending[:1]
+    sampler = get_sampler(model.posterior(probe), torch.Size([MC_SAMPLES]), seed=seed)
+    if name == "qucb":
+        return qUpperConfidenceBound(model, beta=float(beta), sampler=sampler, X_pending=pending)
+    return qLogExpectedImprovement(model, best_f=float(best_f), sampler=sampler, X_pending=pending)
+
+
+def thompson(model: Model, generator: Generator) -> nn.Module:
+    """One draw f of the posterior, as a module X (b) x 1 x d -> (b).
+
+    Exact in weight space for `linear` and `last_layer`; one member for an ensemble; a pathwise draw (Matheron's rule
+    over random Fourier features, Wilson et al. 2020, arXiv 2002.09309) for a GP.
+
+    Raises:
+        SurrogateError: for a model that has none of these.
+    """
+    sample_function = getattr(model, "sample_function", None)
+    if sample_function is not None:
+        return Draw(sample_function(generator))
+    if isinstance(model, EnsembleModel):
+        size = model.posterior(torch.zeros(1, _dim(model), dtype=torch.float64)).values.shape[-3]
+        return Member(model, int(torch.randint(size, (), generator=generator)))
+    raise SurrogateError(f"no Thompson draw is known for a {type(model).__name__}; use `ucb`.")
+
+
+def _dim(model: Model) -> int:
+    """d of a fitted surrogate."""
+    mean = getattr(model, "x_mean", None)
+    return len(mean) if mean is not None else model.data.X.shape[-1]
+
+
+def _seed(generator: Generator | None, index: int | None) -> int:
+    """A seed from the generator, spread over indices so that draws for different prompts differ."""
+    base = int(torch.randint(2**62, (), generator=generator))
+    return (base + 0x9E3779B97F4A7C15 * (0 if index is None else index + 1)) % 2**63
