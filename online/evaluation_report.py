@@ -44,6 +44,7 @@ def evaluation_context(record: RunRecord, most: int = 24) -> dict[str, Any]:
         "tiles": tiles,
         "verdict": _verdict(gain, places, unit),
         "prompt_rows": [_row(row, places) for row in summary.get("prompts", ())],
+        "calibration_rows": [[("plain", "tilted")[int(row[0])], *row[1:]] for row in values["calibration_rows"]],
         "pairs": _pairs(record, places, unit, most),
         "total_pairs": gain["pairs"],
         "troubles": [trouble(row) for _, row in data[data["state"] != "answered"].iterrows()],

@@ -1,2 +1,154 @@
-def main() -> int:
-    raise SystemExit(2)
+"""The console command `tiltopt`. Heavy packages are imported by the subcommand that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from tiltopt.errors import TiltoptError
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand.
+
+    Args:
+        argv: arguments without the program's name; those of the process when None.
+
+    Returns:
+        0 done, 1 failed, 2 bad usage or configuration, 130 interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = make_parser()
+    try:
+        options, rest = parser.parse_known_args(arguments)
+        if rest and options.command != "run":
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    except SystemExit as stop:  # argparse has said what is wrong, or printed its help
+        return int(stop.code or 0)
+    options.rest = rest
+    return guarded(lambda: options.call(options), debug=options.debug)
+
+
+def guarded(action: Callable[[], int | None], *, debug: bool = False) -> int:
+    """`action()`'s exit code, with errors told in one message on stderr instead of a traceback (unless `debug`)."""
+    try:
+        return action() or 0
+    except TiltoptError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"tiltopt: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("tiltopt: interrupted; every answer so far is stored", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        hint = "" if debug else "; run it again with --debug to see where"
+        print(f"tiltopt: unexpected {type(error).__name__}: {error}{hint}", file=sys.stderr)
+        return 1
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line: one subparser per command, each with `call`, a function of the parsed options."""
+    parser = argparse.ArgumentParser(
+        prog="tiltopt", description="Optimise a black box over designs drawn from a diffusion model."
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, call: Command, help: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False)
+        command.set_defaults(call=call)
+        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        return command
+
+    run = add("run", _run, "start a run: --config FILE.py:PRESET [--config.KEY=VALUE ...]")
+    run.usage = "tiltopt run --config FILE.py[:PRESET] [--config.KEY=VALUE ...]"
+
+    resume = add("resume", _resume, "carry on a run that was stopped")
+    resume.add_argument("folder", help="folder of the run")
+
+    report = add("report", _report, "write report.html into the folder of a run")
+    report.add_argument("folder", help="folder of the run")
+    report.add_argument("--per-round", type=_count, default=24, metavar="N", help="images per round (default 24)")
+
+    status = add("status", _status, "say where a run stands")
+    status.add_argument("folder", help="folder of the run")
+    status.add_argument("--json", action="store_true", help="for machines")
+
+    export = add("export", _export, "write the queries of a run as a table")
+    export.add_argument("folder", help="folder of the run")
+    kind = export.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--csv", metavar="FILE", help="comma-separated values")
+    kind.add_argument("--parquet", metavar="FILE", help="Apache Parquet (needs pyarrow)")
+
+    surrogate = add("surrogate", _surrogate, "say what a saved surrogate is and how well it predicted")
+    surrogate.add_argument("folder", help="folder of the surrogate, checkpoints/<run>/round_NNN")
+    return parser
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"expected a number >= 0, got {text}")
+    return number
+
+
+def _run(options: argparse.Namespace) -> int:
+    from tiltopt.online.main import main as run
+
+    return run(options.rest) or 0
+
+
+def _resume(options: argparse.Namespace) -> int:
+    from tiltopt.online.record import run_folder
+
+    folder = run_folder(options.folder)
+    from tiltopt.online.main import resume
+
+    return resume(folder) or 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from tiltopt.online.report import write_report
+
+    print(write_report(options.folder, per_round=options.per_round))
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    from tiltopt.online.commands import status, status_text
+    from tiltopt.online.summary import jsonable
+
+    found = status(options.folder)
+    print(json.dumps(jsonable(found), indent=2, ensure_ascii=False) if options.json else status_text(found))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from tiltopt.online.commands import export
+
+    target, kind = (options.csv, "csv") if options.csv else (options.parquet, "parquet")
+    number = export(options.folder, target, kind)
+    print(f"{number} queries written to {target}")
+    return 0
+
+
+def _surrogate(options: argparse.Namespace) -> int:
+    from tiltopt.online.commands import surrogate_text
+
+    print(surrogate_text(options.folder))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,194 @@
+"""What the console commands `status`, `export` and `surrogate` say, as text made from a run's files."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from tiltopt.errors import ConfigError, StoreError, SurrogateError
+from tiltopt.online.files import cannot_write, write_atomic
+from tiltopt.online.record import RunRecord, load_run, read_json, run_folder
+from tiltopt.online.summary import calibration, summarise
+from tiltopt.online.tables import cell, round_table, table
+
+STATES = ("asked", "answered", "failed", "abandoned")
+
+
+def status(folder: str | Path) -> dict[str, Any]:
+    """Where a run stands.
+
+    Returns:
+        `folder`, `settings` (reward, prior, sampler, surrogate, acquisition), `rounds` {`drawn`, `planned`}, `queries`
+        (number in each state), `complete`, and `summary` (as in `summary.json`, for what is there).
+
+    Raises:
+        ConfigError: not the folder of a run. StoreError: one of its files is damaged.
+    """
+    record = load_run(folder)
+    settings, states = record.settings, record.queries["state"].astype(str)
+    drawn = int(record.queries["round"].nunique())
+    planned = int(settings.get("rounds", 0)) + 1
+    counts = {state: int((states == state).sum()) for state in STATES}
+    return {
+        "folder": str(record.folder),
+        "settings": {
+            "reward": settings["reward"]["name"],
+            "prior": settings["prior"]["path"],
+            "sampler": settings["sampler"]["name"],
+            "surrogate": settings["model"]["name"],
+            "acquisition": settings["acquisition"]["name"],
+        },
+        "rounds": {"drawn": drawn, "planned": planned},
+        "queries": counts,
+        "complete": drawn >= planned and counts["asked"] == 0,
+        "summary": _summary(record),
+    }
+
+
+def status_text(found: dict[str, Any]) -> str:
+    """`status` for people."""
+    counts = found["queries"]
+    number = sum(counts.values())
+    lines = [f"{key:<12} {value}" for key, value in {"run": found["folder"], **found["settings"]}.items()]
+    detail = ", ".join(f"{n} {state}" for state, n in counts.items() if n)
+    lines.append(f"{'rounds':<12} {found['rounds']['drawn']} of {found['rounds']['planned']} drawn")
+    lines.append(f"{'queries':<12} {number}" + (f": {detail}" if detail else ""))
+    if found["complete"]:
+        lines.append(f"{'state':<12} complete")
+    else:
+        waiting = f"{counts['asked']} queries wait for an answer; " if counts["asked"] else ""
+        lines.append(f"{'state':<12} not complete: {waiting}go on with `tiltopt resume {found['folder']}`")
+    if found["summary"]["rounds"]:
+        lines += ["", round_table(found["summary"])]
+    return "\n".join(lines)
+
+
+def export(folder: str | Path, target: str | Path, kind: str) -> int:
+    """Writes the queries of a run as a table, with the place of each image relative to the run's folder.
+
+    Args:
+        folder: of the run.
+        target: the file to write; it is replaced when it is there.
+        kind: "csv" or "parquet".
+
+    Returns:
+        The number of queries.
+
+    Raises:
+        ConfigError: not a run, or no package that writes parquet. StoreError: the file cannot be written.
+    """
+    target = Path(target)
+    if kind == "parquet" and not any(importlib.util.find_spec(name) for name in ("pyarrow", "fastparquet")):
+        raise ConfigError(
+            "parquet: expected the package pyarrow, got none. `pip install pyarrow`, or export with --csv."
+        )
+    record = load_run(folder)
+    frame = record.queries.copy()
+    frame["image"] = [str(record.image(int(number)).relative_to(record.folder)) for number in frame["id"]]
+    if kind == "csv":
+        write_atomic(target, lambda file: file.write(frame.to_csv(index=False).encode("utf-8")))
+    else:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            frame.to_parquet(target, index=False)
+        except OSError as error:
+            raise cannot_write(target, error) from error
+    return len(frame)
+
+
+def surrogate_text(folder: str | Path) -> str:
+    """What a saved surrogate is: its kind, settings, features, data, versions, and how it predicted later answers.
+
+    Args:
+        folder: of the surrogate (`checkpoints/<run>/round_NNN`).
+
+    Raises:
+        SurrogateError: no surrogate there, or a damaged one.
+    """
+    from tiltopt.surrogates import io
+
+    folder = Path(folder)
+    if not (folder / "surrogate.json").is_file():
+        near = sorted(str(p.parent) for p in folder.glob("*/surrogate.json"))
+        hint = f" Saved surrogates in it: {', '.join(near)}." if near else ""
+        got = "a folder without a surrogate.json" if folder.is_dir() else "no such folder"
+        raise SurrogateError(f"{folder}: expected the folder of a saved surrogate, got {got}.{hint}")
+    known = io.describe(folder)
+    io.load(folder)
+    lines = [f"{'surrogate':<14} {folder}", f"{'kind':<14} {known['class']}", f"{'features':<14} {known['features']}"]
+    lines.append(f"{'fitted to':<14} data {str(known['data'])[:16] or 'unknown'}{_data_of(folder)}")
+    lines += [f"{'setting':<14} {key} = {_short(value)}" for key, value in sorted(known["settings"].items())]
+    lines += [f"{'tensor':<14} {name} {tuple(shape)}" for name, shape in known["shapes"].items()]
+    versions = known.get("versions") or {}
+    lines.append(f"{'versions':<14} " + ", ".join(f"{name} {version}" for name, version in sorted(versions.items())))
+    if known.get("choice_report"):
+        lines += ["", "chosen among the models because:", str(known["choice_report"])]
+    checks = _later_rounds(folder)
+    if checks:
+        header = ["round", "answers", "NLL", "in 90 %", "Kendall", "gap"]
+        lines += [
+            "",
+            "predictions for the batch that it proposed, made before the answers were known:",
+            table(header, checks),
+        ]
+    return "\n".join(lines)
+
+
+def _summary(record: RunRecord) -> dict[str, Any]:
+    return summarise(
+        record.settings,
+        record.queries,
+        record.rounds,
+        reference=record.reference,
+        reference_fidelity=record.reference_fidelity,
+        unit=str(record.summary.get("unit", "")),
+        versions={},
+    )
+
+
+def _run_of(folder: Path) -> RunRecord | None:
+    """The run whose round `folder` is, or None for a surrogate that lies elsewhere."""
+    try:
+        return load_run(run_folder(folder.resolve().parent))
+    except (ConfigError, StoreError):
+        return None
+
+
+def _data_of(folder: Path) -> str:
+    record, number = _run_of(folder), _number_of(folder)
+    if record is None or number is None:
+        return ""
+    earlier = record.queries[(record.queries["round"] < number) & (record.queries["state"] == "answered")]
+    return f", {len(earlier)} answers of the rounds before round {number}"
+
+
+def _number_of(folder: Path) -> int | None:
+    number = read_json(folder / "summary.json", {}).get("round")
+    if isinstance(number, int):
+        return number
+    digits = folder.name.removeprefix("round_")
+    return int(digits) if digits.isdigit() else None
+
+
+def _later_rounds(folder: Path) -> list[list[str]]:
+    """One row about the round that this surrogate proposed, when its answers are there."""
+    record, number = _run_of(folder), _number_of(folder)
+    if record is None or number is None:
+        return []
+    batch: pd.DataFrame = record.queries[(record.queries["round"] == number) & (record.queries["state"] == "answered")]
+    own = read_json(folder / "summary.json", {}).get("calibration")
+    found = own if isinstance(own, dict) else calibration(batch["value"], batch["predicted"], batch["predicted_sd"])
+    if not found.get("n", len(batch)):
+        return []
+    cover = found.get("coverage90")
+    percent = "-" if cover is None else f"{100 * cover:.0f} %"
+    numbers = [cell(found.get(key)) for key in ("nll", "kendall_tau", "optimism_gap")]
+    return [[str(number), str(found.get("n", len(batch))), numbers[0], percent, numbers[1], numbers[2]]]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
