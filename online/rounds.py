@@ -72,14 +72,14 @@ def score_previous(
         The report (see `tiltopt.surrogates.calibration.score`) with `optimism_gap`, mean acquired value minus mean
         answer of the queries drawn with it, and `round`; None without a surrogate or new answers. And notes for people.
     """
-    from tiltopt.surrogates.calibration import score
-
     round_, model, notes = newest_surrogate(folder, rounds, feature_id)
     if round_ is None or model is None:
         return None, notes
     X, Y = store.answers_since(round_)
     if not len(X):
         return None, notes
+    from tiltopt.surrogates.calibration import score
+
     return {**report_dict(score(model, X, Y)), "round": round_, **_gap(store, round_)}, notes
 
 
