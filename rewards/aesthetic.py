@@ -21,6 +21,7 @@ from tiltopt.errors import RewardError
 from tiltopt.rewards.base import Score, require
 from tiltopt.rewards.towers import TowerOptions
 
+PUBLISHED_HEAD = "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 HUB_FILE = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+/[\w.+/-]+")
 KEY = re.compile(r"(?:layers\.)?(?:(\d+)\.)?(weight|bias)")
@@ -37,14 +38,15 @@ class Head(NamedTuple):
 class AestheticOptions(TowerOptions):
     """Args:
     clip: the CLIP model; the published head was fitted on openai/clip-vit-large-patch14.
-    head: a local .pth or .safetensors file, or owner/repository/file on the hub.
+    head: a local .pth or .safetensors file, or owner/repository/file on the hub; empty for the published head.
     """
 
     clip: str = "openai/clip-vit-large-patch14"
-    head: str = "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"
+    head: str = PUBLISHED_HEAD
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "head", self.head or PUBLISHED_HEAD)
         require(
             Path(self.head).suffix in SUFFIXES and "://" not in self.head,
             f"`head` must be a file ending in {', '.join(SUFFIXES)}, got {self.head!r}; download it and give its path.",

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tests.tiny import tiny_clip
 from tiltopt.errors import ConfigError, RewardError
 from tiltopt.rewards import Answer, RewardOptionError, make_reward, validate
-from tiltopt.rewards.aesthetic import load_head
+from tiltopt.rewards.aesthetic import PUBLISHED_HEAD, AestheticOptions, load_head
 from tiltopt.rewards.base import FunctionReward
 from tiltopt.rewards.differentiable import differentiable_names, make_differentiable
 from tiltopt.rewards.images import to_tensor
@@ -255,6 +255,13 @@ def test_defaults_are_the_published_models_and_validate_without_them(monkeypatch
     monkeypatch.setattr(CLIPVision, "load", functools.partial(pytest.fail, "a model was loaded"))
     for name in ("aesthetic", "clip", "pick", "planted"):
         validate(name, {})
+    assert AestheticOptions(head="").head == AestheticOptions().head == PUBLISHED_HEAD
+
+
+def test_a_head_that_cannot_be_fetched_is_named(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *a: (_ for _ in ()).throw(OSError("offline")))
+    with pytest.raises(RewardError, match=r"expected head\.pth from the hub repository owner/repo.*give its path"):
+        make_reward("aesthetic", head="owner/repo/head.pth")
 
 
 def test_a_folder_that_is_no_clip_model_is_refused(tmp_path, head):
