@@ -6,7 +6,6 @@ collapsed into that map when loaded.
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -57,7 +56,8 @@ class AestheticOptions(TowerOptions):
             "looks the same; take sac+logos+ava1-l14-linearMSE.pth.",
         )
         require(
-            Path(self.head).is_file() or HUB_FILE.fullmatch(self.head) is not None,
+            Path(self.head).is_file()
+            or (HUB_FILE.fullmatch(self.head) is not None and not Path(self.head).parent.is_dir()),
             f"`head` must be a local file or owner/repository/file on the hub, and {self.head!r} does not exist; "
             "check the path.",
         )
@@ -77,15 +77,7 @@ def load_head(head: str) -> Head:
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        EOFError,
-        KeyError,
-        pickle.UnpicklingError,
-        _safetensors_error(),
-    ) as error:
+    except Exception as error:  # each format has its own; whichever it is, the file is of no use
         raise RewardError(
             f"`head`: expected a PyTorch or safetensors file of tensors, but {path} cannot be read "
             f"({type(error).__name__}: {str(error)[:200]}); download it again."
@@ -175,9 +167,3 @@ def _download(head: str) -> Path:
             f"`head`: expected {filename} from the hub repository {owner}/{repository}, but it cannot be fetched "
             f"({type(error).__name__}); download the file and give its path."
         ) from error
-
-
-def _safetensors_error() -> type[Exception]:
-    from safetensors import SafetensorError
-
-    return SafetensorError

@@ -71,7 +71,7 @@ def check_model_path(option: str, path: str) -> None:
         )
         return
     require(
-        HUB_ID.fullmatch(path) is not None,
+        HUB_ID.fullmatch(path) is not None and not folder.parent.is_dir(),
         f'`{option}` must be "embedded", a CLIPModel folder or a hub id like openai/clip-vit-large-patch14, and '
         f"{path!r} does not exist; check the path.",
     )

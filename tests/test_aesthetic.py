@@ -231,6 +231,7 @@ def test_a_reward_without_a_gradient_says_so():
         ("aesthetic", {"head": "head.onnx"}, "file ending in"),
         ("aesthetic", {"head": "owner/repo/ava+logos-l14-reluMSE.pth"}, "ReLU"),
         ("aesthetic", {"clip": "./missing_folder"}, "does not exist"),
+        ("aesthetic", {"clip": "tests/clip_typo"}, "does not exist"),
         ("aesthetic", {"clip": "/"}, "no config.json"),
         ("clip", {"dtype": "float8"}, "`dtype` must be one of"),
         ("clip", {"device": "gpu!"}, "`device`"),
@@ -244,6 +245,7 @@ def test_a_reward_without_a_gradient_says_so():
     ],
 )
 def test_bad_options_are_refused_before_any_model_is_loaded(monkeypatch, name, options, message):
+    monkeypatch.chdir(Path(__file__).parents[1])
     monkeypatch.setattr(CLIPVision, "load", functools.partial(pytest.fail, "a model was loaded"))
     for act in (lambda: validate(name, options), lambda: make_reward(name, **options)):
         with pytest.raises(RewardError, match=message) as caught:
