@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -137,7 +138,7 @@ def _import(name: str, module: str) -> ModuleType:
     try:
         if path is None:
             return importlib.import_module(module)
-        key = f"tiltopt_user_{path.stem}_{abs(hash(str(path.resolve())))}"
+        key = "tiltopt_own" + re.sub(r"\W", "_", str(path.resolve()))
         spec = importlib.util.spec_from_file_location(key, path)
         if spec is None or spec.loader is None:
             raise ImportError(f"{path} is not a Python file")

@@ -166,6 +166,14 @@ def test_aesthetic_is_the_head_on_the_unit_embedding(clip, head):
     assert reward.unit == "points"
 
 
+def test_half_precision_changes_the_model_and_little_else(clip):
+    images = pictures(3)
+    full = make_reward("clip", clip=clip, scale=1.0)(images, PROMPTS)
+    half = make_reward("clip", clip=clip, scale=1.0, dtype="bfloat16")(images, PROMPTS)
+    assert half != full
+    assert half == pytest.approx(full, abs=0.05)  # bfloat16 has 8 bits: 0.4 % per operation, a dozen layers
+
+
 def test_head_for_another_embedding_is_refused(clip, tmp_path):
     save_head(tmp_path / "wide.pth", (24, 12, 8, 6, 4, 1))
     with pytest.raises(RewardError, match=f"embeddings of size 24, but the CLIP model .* gives {WIDTH}"):
