@@ -6,7 +6,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import torch
+from botorch.models.model import Model
 
 from tiltopt.errors import ConfigError, StoreError, SurrogateError
 from tiltopt.online.files import cannot_write, write_atomic
@@ -117,7 +118,7 @@ def surrogate_text(folder: str | Path) -> str:
         got = "a folder without a surrogate.json" if folder.is_dir() else "no such folder"
         raise SurrogateError(f"{folder}: expected the folder of a saved surrogate, got {got}.{hint}")
     known = io.describe(folder)
-    io.load(folder)
+    model = io.load(folder)
     lines = [f"{'surrogate':<14} {folder}", f"{'kind':<14} {known['class']}", f"{'features':<14} {known['features']}"]
     lines.append(f"{'fitted to':<14} data {str(known['data'])[:16] or 'unknown'}{_data_of(folder)}")
     lines += [f"{'setting':<14} {key} = {_short(value)}" for key, value in sorted(known["settings"].items())]
@@ -126,12 +127,12 @@ def surrogate_text(folder: str | Path) -> str:
     lines.append(f"{'versions':<14} " + ", ".join(f"{name} {version}" for name, version in sorted(versions.items())))
     if known.get("choice_report"):
         lines += ["", "chosen among the models because:", str(known["choice_report"])]
-    checks = _later_rounds(folder)
+    checks = _later_rounds(folder, model)
     if checks:
-        header = ["round", "answers", "NLL", "in 90 %", "Kendall", "gap"]
+        header = ["round", "answers", "NLL", "in 90 %", "Kendall", "bias"]
         lines += [
             "",
-            "predictions for the batch that it proposed, made before the answers were known:",
+            "predictions for answers that came later (bias: mean of predicted - answer):",
             table(header, checks),
         ]
     return "\n".join(lines)
@@ -173,20 +174,32 @@ def _number_of(folder: Path) -> int | None:
     return int(digits) if digits.isdigit() else None
 
 
-def _later_rounds(folder: Path) -> list[list[str]]:
-    """One row about the round that this surrogate proposed, when its answers are there."""
+def _later_rounds(folder: Path, model: Model) -> list[list[str]]:
+    """One row per round whose answers came after the surrogate was fitted, none of which it has seen."""
     record, number = _run_of(folder), _number_of(folder)
     if record is None or number is None:
         return []
-    batch: pd.DataFrame = record.queries[(record.queries["round"] == number) & (record.queries["state"] == "answered")]
-    own = read_json(folder / "summary.json", {}).get("calibration")
-    found = own if isinstance(own, dict) else calibration(batch["value"], batch["predicted"], batch["predicted_sd"])
-    if not found.get("n", len(batch)):
+    from tiltopt.online.optimizer import Optimizer
+
+    run = Optimizer.open(record.folder, read_only=True)
+    try:
+        X, Y = run.store.answers_since(number)
+    finally:
+        run.close()
+    later = record.queries[(record.queries["round"] >= number) & (record.queries["state"] == "answered")]
+    if not len(X) or len(X) != len(later):
         return []
-    cover = found.get("coverage90")
-    percent = "-" if cover is None else f"{100 * cover:.0f} %"
-    numbers = [cell(found.get(key)) for key in ("nll", "kendall_tau", "optimism_gap")]
-    return [[str(number), str(found.get("n", len(batch))), numbers[0], percent, numbers[1], numbers[2]]]
+    with torch.no_grad():
+        posterior = model.posterior(X.unsqueeze(-2))
+    mean, sd = posterior.mean.flatten().numpy(), posterior.variance.clamp_min(0).sqrt().flatten().numpy()
+    rows = []
+    for round_ in sorted(later["round"].unique()):
+        here = (later["round"] == round_).to_numpy()
+        found = calibration(Y.flatten().numpy()[here], mean[here], sd[here])
+        cover = "-" if found["coverage90"] is None else f"{100 * found['coverage90']:.0f} %"
+        numbers = [cell(found[key]) for key in ("nll", "kendall_tau", "optimism_gap")]
+        rows.append([str(round_), str(found["n"]), numbers[0], cover, numbers[1], numbers[2]])
+    return rows
 
 
 def _short(value: Any) -> str:

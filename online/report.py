@@ -22,6 +22,7 @@ from tiltopt.online.tables import ROUND_COLUMNS
 
 MAX_SIDE = 256  # pixels of an embedded image; larger ones are scaled down
 PER_ROUND = 24  # images shown of a round
+KINDS = {"plain": "plain samples of the prior", "tilted": "tilted samples", "imported": "imported measurements"}
 
 
 def write_report(run_dir: str | Path, record: RunRecord | None = None, *, per_round: int = PER_ROUND) -> Path:
@@ -128,6 +129,7 @@ def galleries(
     record: RunRecord, summary: Mapping[str, Any], places: int, unit: str, per_round: int
 ) -> list[dict[str, Any]]:
     """The rounds, the newest first, each with its best images by answer and what became of the others."""
+    kinds = {int(r["round"]): KINDS.get(str(r.get("kind"))) for r in record.rounds if "round" in r}
     shown = []
     for number, batch in record.queries.groupby("round"):
         answered = batch[batch["state"] == "answered"].sort_values("value", ascending=False, kind="stable")
@@ -136,7 +138,7 @@ def galleries(
         shown.append(
             {
                 "number": int(number),
-                "name": "plain samples of the prior" if batch["predicted"].isna().all() else "tilted samples",
+                "name": kinds.get(int(number)) or KINDS["plain" if batch["predicted"].isna().all() else "tilted"],
                 "cards": [card(record, row, places, unit) for _, row in best.iterrows()],
                 "answered": len(answered),
                 "mean": charts.number(answered["value"].astype(float).mean(), places) if len(answered) else "–",

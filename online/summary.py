@@ -143,7 +143,8 @@ def summarise(
         queries: the table of `Optimizer.queries()`.
         rounds: the rounds' own summaries; `fidelity`, `ess_mean`, `seconds` and, where they hold it, `calibration` come
             from there, the rest from the answers.
-        reference: rewards of plain samples scored for the report; without them the prior is described by round 0.
+        reference: rewards of plain samples scored for the report; without them the first plain round (round 0, unless
+            measurements were imported) describes the prior.
         reference_fidelity: the judge's accuracy on them.
         unit: of the reward.
         seconds: wall-clock time of the whole run.
@@ -159,9 +160,11 @@ def summarise(
         row |= {key: _number(record.get(key)) for key in ("fidelity", "ess_mean", "seconds")}
         table.append(row)
         checks.append({"round": number, **_calibration_of(record, queries[queries["round"] == number])})
-    plain = _finite(_answered(queries[queries["round"] == 0])["value"]) if reference is None else _finite(reference)
     if reference is None:
-        reference_fidelity = records.get(0, {}).get("fidelity")
+        first = _first_plain(records)
+        reference = [] if first is None else _answered(queries[queries["round"] == first])["value"]
+        reference_fidelity = records.get(first, {}).get("fidelity") if first is not None else None
+    plain = _finite(reference)
     states = queries["state"].astype(str)
     return {
         "seconds": _number(seconds),
@@ -178,6 +181,12 @@ def summarise(
         "versions": dict(versions if versions is not None else software_versions()),
         "settings": dict(settings),
     }
+
+
+def _first_plain(records: Mapping[int, Mapping[str, Any]]) -> int | None:
+    """The first round of plain samples; round 0 unless the records say otherwise (imported measurements)."""
+    kinds = {number: record.get("kind", "plain" if number == 0 else "tilted") for number, record in records.items()}
+    return min((number for number, kind in kinds.items() if kind == "plain"), default=None if kinds else 0)
 
 
 def _calibration_of(record: Mapping[str, Any], batch: pd.DataFrame) -> dict[str, Any]:

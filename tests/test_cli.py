@@ -7,12 +7,16 @@ import time
 
 import pandas as pd
 import pytest
+import torch
+from PIL import Image
+from scipy import stats
 
-from tests.fake_engine import CONFIG, FakeEngine, LoggedReward
+from tests.fake_engine import CONFIG, FakeEngine, LoggedReward, features_of
 from tiltopt import cli
 from tiltopt.errors import ConfigError
 from tiltopt.online.loop import run as run_loop
 from tiltopt.online.optimizer import Optimizer
+from tiltopt.surrogates.io import load
 
 
 @pytest.fixture(scope="module")
@@ -104,17 +108,23 @@ def test_report_of_a_real_run(finished, capsys):
     assert "What the surrogate had predicted" in text
 
 
-def test_surrogate_says_what_it_is_and_how_it_predicted(finished, capsys):
-    folder, _ = finished
-    assert cli.main(["surrogate", str(folder / "round_002")]) == 0
+def test_surrogate_says_what_it_is_and_how_it_predicted_what_it_had_not_seen(finished, capsys):
+    folder, frame = finished
+    assert cli.main(["surrogate", str(folder / "round_001")]) == 0
     text = capsys.readouterr().out
     assert "kind           linear" in text
     assert "features       toy" in text
-    assert "8 answers of the rounds before round 2" in text
-    calibration = json.loads((folder / "round_002" / "summary.json").read_text())["calibration"]
-    row = text.splitlines()[-1].split()
-    assert row[:2] == ["2", "3"]
-    assert row[2] == f"{calibration['nll']:.3f}"
+    assert "5 answers of the rounds before round 1" in text
+    rows = [line.split() for line in text.splitlines()[-2:]]
+    assert [row[:2] for row in rows] == [["1", "3"], ["2", "3"]]
+    model = load(folder / "round_001", feature_id="toy")
+    for row, (_, batch) in zip(rows, frame[frame["round"] > 0].groupby("round"), strict=True):
+        images = [Image.open(folder / "images" / f"{number:06d}.png") for number in batch["id"]]
+        posterior = model.posterior(torch.stack([features_of(image) for image in images]).double()[:, None])
+        mean, sd = posterior.mean.flatten().detach().numpy(), posterior.variance.flatten().sqrt().detach().numpy()
+        nll = -stats.norm.logpdf(batch["value"], mean, sd).mean()
+        assert float(row[2]) == pytest.approx(nll, abs=6e-4)
+        assert float(row[-1]) == pytest.approx((mean - batch["value"]).mean(), abs=6e-4)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     try:
         options, rest = parser.parse_known_args(arguments)
-        if rest and options.command != "run":
+        if rest and options.command not in ("run", "import"):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
     except SystemExit as stop:  # argparse has said what is wrong, or printed its help
         return int(stop.code or 0)
@@ -91,6 +91,13 @@ def make_parser() -> argparse.ArgumentParser:
     kind.add_argument("--csv", metavar="FILE", help="comma-separated values")
     kind.add_argument("--parquet", metavar="FILE", help="Apache Parquet (needs pyarrow)")
 
+    take = add("import", _import, "take earlier measurements into a run, as a warm start")
+    take.usage = "tiltopt import RUN FILE.csv [--config FILE.py[:PRESET] [--config.KEY=VALUE ...]]"
+    take.add_argument("folder", help="folder of the run; with --config it is made when it is not there")
+    take.add_argument(
+        "table", help="a CSV file with `value`, `image` or `f0`, `f1`, ..., and optionally `prompt`, `sem`"
+    )
+
     surrogate = add("surrogate", _surrogate, "say what a saved surrogate is and how well it predicted")
     surrogate.add_argument("folder", help="folder of the surrogate, checkpoints/<run>/round_NNN")
     return parser
@@ -140,6 +147,30 @@ def _export(options: argparse.Namespace) -> int:
     target, kind = (options.csv, "csv") if options.csv else (options.parquet, "parquet")
     number = export(options.folder, target, kind)
     print(f"{number} queries written to {target}")
+    return 0
+
+
+def _import(options: argparse.Namespace) -> int:
+    from tiltopt.online.importing import import_measurements, read_measurements
+    from tiltopt.online.optimizer import Optimizer
+    from tiltopt.online.record import run_folder
+
+    if not options.rest:
+        run_folder(options.folder)
+    found = read_measurements(options.table)
+    if options.rest and not Optimizer.exists(options.folder):
+        from tiltopt.online.commandline import parse
+        from tiltopt.online.components import check
+        from tiltopt.online.settings import Settings
+
+        settings = Settings.from_config(parse(options.rest))
+        check(settings)
+        optimizer = Optimizer.create(options.folder, settings)
+    else:
+        optimizer = Optimizer.open(options.folder)
+    with optimizer:
+        number = import_measurements(optimizer, found, options.table)
+    print(f"{number} measurements imported into {options.folder}")
     return 0
 
 
