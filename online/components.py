@@ -11,7 +11,10 @@ from tiltopt import rewards, samplers
 from tiltopt.errors import ConfigError, TiltoptError
 from tiltopt.online.prompts import load_prompts
 from tiltopt.online.settings import Settings
-from tiltopt.surrogates import ACQUISITIONS, MODELS
+from tiltopt.online.tracking import check_tracker
+from tiltopt.samplers.demon import Demon
+from tiltopt.surrogates import NAMES as MODELS
+from tiltopt.surrogates.acquisition import NAMES as ACQUISITIONS
 
 SAMPLERS: dict[str, type] = {
     "das": samplers.DAS,
@@ -20,7 +23,7 @@ SAMPLERS: dict[str, type] = {
     "best_of_n": samplers.BestOfN,
     "guidance": samplers.Guidance,
     "prior_only": samplers.PriorOnly,
-    "demon": samplers.Demon,
+    "demon": Demon,
 }
 GUIDED = ("das", "tds", "guidance")
 """Samplers that drift along a gradient: they need stochastic steps, eta > 0."""
@@ -80,6 +83,7 @@ def check(settings: Settings) -> None:
             f"`prior.eta`: the guided sampler {settings.sampler.name!r} needs stochastic steps, eta > 0, got 0. "
             "Set --config.prior.eta=1, or use --config.sampler.name=best_of_n."
         )
+    check_tracker(settings.tracker)
     _one_of("model.name", settings.model.name, MODELS)
     _one_of("acquisition.name", settings.acquisition.name, ACQUISITIONS)
     _check_path("prior.path", settings.prior.path, "model_index.json", "a StableDiffusionPipeline folder")

@@ -25,10 +25,11 @@ from tiltopt.online.seeds import derive, generator, query_seed
 from tiltopt.online.settings import Settings
 from tiltopt.online.team import Team
 from tiltopt.samplers import PriorOnly, Sampler, Samples, StepInfo
-from tiltopt.samplers.diffusers_prior import DiffusersPrior
-from tiltopt.samplers.loading import load_prior
+from tiltopt.samplers.diffusers_prior import DiffusersPrior, load_prior
 from tiltopt.samplers.pilot import run_pilot
 from tiltopt.samplers.tempering import Calibration
+from tiltopt.surrogates.acquisition import make_acquisition
+from tiltopt.surrogates.features import FeatureMap, make_features
 from tiltopt.surrogates.io import load, save
 from tiltopt.types import Conditioning
 
@@ -63,12 +64,10 @@ class DiffusionEngine:
         )
 
     @cached_property
-    def feature_map(self) -> surrogates.FeatureMap:
+    def feature_map(self) -> FeatureMap:
         """Designs and prompts -> features."""
         s = self.settings.features
-        return surrogates.make_features(
-            path=s.path, kind=s.kind, prompt_features=s.prompt_features, device=self.team.device
-        )
+        return make_features(path=s.path, kind=s.kind, prompt_features=s.prompt_features, device=self.team.device)
 
     @property
     def feature_id(self) -> str:
@@ -109,7 +108,7 @@ class DiffusionEngine:
 
     def _tilt(self, model: Model, data: Data, plan: Plan, seed: int) -> tuple[AcquisitionPotential, Sampler]:
         """What is sampled, and by what: the acquisition over its price, and the sampler calibrated to it."""
-        acquisition = surrogates.make_acquisition(
+        acquisition = make_acquisition(
             self.settings.acquisition.name,
             model,
             beta=plan.beta,

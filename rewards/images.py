@@ -58,7 +58,7 @@ def build_compressibility(options: JpegOptions) -> FunctionReward:
     """Minus the JPEG size in kB: small files score high."""
     return FunctionReward(
         "jpeg_compressibility",
-        "kB, negated",
+        "kB",
         options.batch_size,
         lambda images, prompts: [-jpeg_kilobytes(image, options.quality) for image in images],
     )

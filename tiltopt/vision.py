@@ -8,10 +8,11 @@ tower.text(["a photo of a cat"]) # (1, projection_dim)
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.resources
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,7 +137,8 @@ class CLIPVision:
 
         source = resolve(path)
         try:
-            model, info = CLIPModel.from_pretrained(source, output_loading_info=True)
+            with _no_progress_bar():
+                model, info = CLIPModel.from_pretrained(source, output_loading_info=True)
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(
                 f'no CLIP model at `{source}`: {error}. Give "embedded", a folder saved by CLIPModel.save_pretrained, '
@@ -286,3 +288,17 @@ def _preprocessor_config(source: str) -> dict[str, Any] | None:
         if file is None:
             return None
     return json.loads(Path(str(file)).read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Inside, transformers loads weights without a progress bar of its own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
