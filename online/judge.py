@@ -136,6 +136,7 @@ class Judge:
         where.mkdir(parents=True, exist_ok=True)
         state = {k: v.half() if v.is_floating_point() else v for k, v in self.net.state_dict().items()}
         save_file({k: v.contiguous().cpu() for k, v in state.items()}, where / "model.safetensors")
+        (where / "model.safetensors").chmod(0o644)  # the writer makes it private, and packages keep modes
         config = {"animals": list(ANIMALS), "net": self.net.config, "size": SIDE}
         (where / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

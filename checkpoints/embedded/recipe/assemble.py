@@ -54,6 +54,8 @@ def assemble(
         if path.parent.name == "vae":
             config.pop("block_out_channels", None)  # derived; a reader would warn about it
         path.write_text(json.dumps(config, indent=2) + "\n")
+    for path in partial.rglob("*.safetensors"):
+        path.chmod(0o644)  # the writer makes them private, and packages keep modes
     for name in ("pipeline", "clip"):
         shutil.rmtree(out / name, ignore_errors=True)
         (partial / name).rename(out / name)
