@@ -103,7 +103,6 @@ def evaluate(
 
     def finish() -> dict[str, Any]:
         assert black_box is not None, "rank 0 needs the black box"
-        write_json(out_dir / "config.json", settings.to_dict())
         queries = to_queries(settings, plain, tilted, model)
         for number, drawn in enumerate([*plain, *tilted], start=1):
             image = drawn.image
@@ -117,6 +116,9 @@ def evaluate(
             "peak_memory_mb": peak_memory_mb(),
             "describe": engine.describe(),
         }
+        write_json(
+            out_dir / "config.json", settings.to_dict()
+        )  # last, so that one cut short is carried on in its folder
         write_json(out_dir / "summary.json", summary)
         write_report(out_dir, load_run(out_dir, queries))
         return summary

@@ -176,8 +176,10 @@ def trouble(row: pd.Series) -> str:
 
 def _summary(record: RunRecord) -> dict[str, Any]:
     """The run's summary; for a run that has not ended, made from what is there."""
-    if record.summary and len(record.summary.get("rounds", ())) == record.queries["round"].nunique():
-        return dict(record.summary)
+    told, data = record.summary, record.queries
+    same_rounds = len(told.get("rounds", ())) == data["round"].nunique()
+    if told and same_rounds and told.get("answered") == (data["state"] == "answered").sum():
+        return dict(told)
     return summarise(
         record.settings,
         record.queries,

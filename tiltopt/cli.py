@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -76,6 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     resume = add("resume", _resume, "carry on a run that was stopped")
     resume.add_argument("folder", help="folder of the run")
+    resume.add_argument("--allow-change", action="store_true", help="go on although config.json was changed")
 
     report = add("report", _report, "write report.html into the folder of a run")
     report.add_argument("folder", help="folder of the run")
@@ -113,7 +115,14 @@ def _count(text: str) -> int:
 def _run(options: argparse.Namespace) -> int:
     from tiltopt.online.main import main as run
 
-    return run(options.rest) or 0
+    _debug(options)
+    return run(options.rest)
+
+
+def _debug(options: argparse.Namespace) -> None:
+    """The main job has its own end of errors, which looks at this variable."""
+    if options.debug:
+        os.environ["TILTOPT_DEBUG"] = "1"
 
 
 def _resume(options: argparse.Namespace) -> int:
@@ -122,7 +131,8 @@ def _resume(options: argparse.Namespace) -> int:
     folder = run_folder(options.folder)
     from tiltopt.online.main import resume
 
-    return resume(folder) or 0
+    _debug(options)
+    return resume(folder, allow_change=options.allow_change)
 
 
 def _report(options: argparse.Namespace) -> int:
