@@ -13,6 +13,7 @@ from botorch.models.deterministic import DeterministicModel
 from botorch.models.transforms.input import InputTransform
 from botorch.models.transforms.outcome import Standardize
 from botorch.optim.fit import fit_gpytorch_mll_scipy
+from botorch.posteriors.gpytorch import GPyTorchPosterior
 from gpytorch.constraints import GreaterThan
 from gpytorch.kernels import AdditiveKernel, Kernel, LinearKernel, MaternKernel, ScaleKernel
 from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, GaussianLikelihood
@@ -23,6 +24,7 @@ from torch import Generator, Tensor, nn
 
 from tiltopt.errors import SurrogateError
 from tiltopt.surrogates.data import Data, device_only
+from tiltopt.surrogates.linear import GaussianPosterior
 
 EXACT_LIMIT = 8192  # answers beyond which an exact GP does not fit a laptop
 
@@ -139,7 +141,8 @@ class GPModel(SingleTaskGP):
     def posterior(self, X: Tensor, *args: Any, **kwargs: Any) -> Any:
         """See `botorch.models.SingleTaskGP.posterior`; X (b) x q x d is cast to float64."""
         with linop_settings.max_cholesky_size(EXACT_LIMIT + 1):
-            return super().posterior(X.to(self.train_targets), *args, **kwargs)
+            posterior = super().posterior(X.to(self.train_targets), *args, **kwargs)
+        return GaussianPosterior(posterior.distribution) if type(posterior) is GPyTorchPosterior else posterior
 
     @property
     def noise_variance(self) -> Tensor:

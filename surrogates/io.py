@@ -124,7 +124,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
     if settings["format"] != FORMAT or settings["class"] not in CLASSES:
         raise SurrogateError(
             f"`{path}` is format {settings['format']}, class {settings['class']!r}; this version reads "
-            f"format {FORMAT}, classes {', '.join(CLASSES)}; use the version that wrote it ({settings.get('versions')})."
+            f"format {FORMAT}, classes {', '.join(CLASSES)}; use the version that wrote it: {settings.get('versions')}."
         )
     return settings
 

@@ -12,7 +12,8 @@ from tiltopt.surrogates.evidence import solve
 from tiltopt.surrogates.linear import LinearModel
 from tiltopt.surrogates.trunk import Trunk, precision, train_regressors, trunk_sizes
 
-MIN_VALIDATION = 8  # answers below which a held-out tenth says nothing
+MIN_VALIDATION = 8  # held-out answers below which they say nothing of the variances
+PSEUDO = 24  # pseudo-answers that pull the inflation towards 1
 
 
 class LastLayerModel(LinearModel):
@@ -35,9 +36,9 @@ class LastLayerModel(LinearModel):
         *,
         generator: Generator,
         hidden: int = 64,
-        features: int = 32,
+        features: int = 16,
         strength: float = 1.0,
-        validation: float = 0.15,
+        validation: float = 0.2,
         max_epochs: int = 300,
     ) -> LastLayerModel:
         """Train the trunk, then solve the last layer.
@@ -103,7 +104,7 @@ def _scale(X: Tensor) -> Tensor:
 
 
 def _inflation(H: Tensor, data: Data, held_out: Tensor, strength: float) -> Tensor:
-    """Mean squared standardised error of a last layer on held-out answers, shrunk towards 1 by 8 pseudo-answers."""
+    """Mean squared standardised error of a last layer on held-out answers, shrunk towards 1 by 24 pseudo-answers."""
     one = torch.ones((), dtype=H.dtype, device=H.device)
     train, rest = Data(H, data.y, data.sem).select(~held_out), Data(H, data.y, data.sem).select(held_out)
     if len(rest) < MIN_VALIDATION or train.y.std() == 0:
@@ -112,4 +113,4 @@ def _inflation(H: Tensor, data: Data, held_out: Tensor, strength: float) -> Tens
     posterior = model.posterior(rest.X.unsqueeze(-2), observation_noise=True)
     variance = posterior.variance.flatten() + (0.0 if rest.sem is None else rest.sem**2)
     z2 = (rest.y - posterior.mean.flatten()).square() / variance
-    return ((z2.sum() + 8) / (len(rest) + 8)).clamp_min(one)
+    return ((z2.sum() + PSEUDO) / (len(rest) + PSEUDO)).clamp_min(one)

@@ -19,7 +19,7 @@ from tiltopt.surrogates.evidence import solve
 DENSE_Q = 512  # jointly predicted points above which the covariance is kept as its root
 
 
-class LinearPosterior(GPyTorchPosterior):
+class GaussianPosterior(GPyTorchPosterior):
     """A Gaussian posterior whose variance is not floored, so that rewards may have any unit."""
 
     @property
@@ -77,7 +77,7 @@ class LinearModel(Model):
         output_indices: list[int] | None = None,
         observation_noise: bool | Tensor = False,
         posterior_transform: Any = None,
-    ) -> LinearPosterior:
+    ) -> GaussianPosterior:
         """Joint Gaussian over the q points of each batch, X (b) x q x d, in reward units."""
         h = self.basis(X)
         mean = self.y_mean + self.y_scale * (self.intercept + h @ self.weights)
@@ -91,7 +91,7 @@ class LinearModel(Model):
         noise = self._noise(observation_noise, mean)
         if noise is not None:
             covariance = covariance.add_diagonal(noise)
-        posterior = LinearPosterior(MultivariateNormal(mean, covariance))
+        posterior = GaussianPosterior(MultivariateNormal(mean, covariance))
         return posterior if posterior_transform is None else posterior_transform(posterior)
 
     def _root(self, h: Tensor) -> Tensor:

@@ -136,7 +136,7 @@ def precision(sem: Tensor | None, like: Tensor, base: float = 0.1) -> Tensor:
 def trunk_sizes(d: int, options: dict[str, Any] | None = None) -> tuple[int, ...]:
     """Layer sizes for d features: two layers, the last narrow, so that few answers determine the last layer."""
     options = options or {}
-    return (d, int(options.get("hidden", 64)), int(options.get("features", 32)))
+    return (d, int(options.get("hidden", 64)), int(options.get("features", 16)))
 
 
 def _linear(fan_in: int, fan_out: int, generator: Generator | None) -> nn.Linear:

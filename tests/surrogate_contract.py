@@ -146,8 +146,8 @@ class SurrogateContract:
         [
             (lambda X, Y: (X[:1], Y[:1]), "at least 2 answers"),
             (lambda X, Y: (X, torch.full_like(Y, 2.5)), "equal 2.5"),
-            (lambda X, Y: (X.where(X != X[3, 2], torch.nan), Y), "`X` must be finite.*first row 3"),
-            (lambda X, Y: (X, Y.where(Y != Y[4], torch.inf)), "`Y` must be finite.*first row 4"),
+            (lambda X, Y: (X.where(X[3, 2] != X, torch.nan), Y), "`X` must be finite.*first row 3"),
+            (lambda X, Y: (X, Y.where(Y[4] != Y, torch.inf)), "`Y` must be finite.*first row 4"),
             (lambda X, Y: (X, Y[:-1]), r"one answer per row"),
             (lambda X, Y: (X[:, 0], Y), r"\(n, d\)"),
         ],
