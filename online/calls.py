@@ -5,6 +5,7 @@ Everything here happens in the caller's thread; worker threads do nothing but ca
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import deque
@@ -116,10 +117,10 @@ class Calls:
         return self.stop()
 
     def stop(self) -> Stop | None:
-        """The `Stop` if a budget ran out, else None."""
-        if self.stopped is None:
-            return None
+        """The `Stop` if a budget ran out before everything was answered, else None."""
         remaining = tuple(item[0] for i, item in enumerate(self.items) if i not in self.resolved)
+        if self.stopped is None or not remaining:
+            return None
         limit = getattr(self.runner, self.stopped)
         message = f"the budget `{self.stopped}` = {limit:g} is used up, {len(remaining)} queries have no answer yet"
         return Stop(self.stopped, remaining, message)
@@ -264,10 +265,16 @@ class Calls:
             self.failed(job, _Silence(f"no answer within {self.runner.timeout_s:g} s"))
 
     def deliver(self, position: int, answer: Answer) -> None:
-        """Hands one answer to the caller, once."""
+        """Hands one answer to the caller; again if an interrupt cut the caller off, who may then say it has it."""
         if position in self.resolved:
             return
         self.resolved.add(position)
-        self.on_answer(self.items[position][0], answer)
+        id_ = self.items[position][0]
+        try:
+            self.on_answer(id_, answer)
+        except KeyboardInterrupt:
+            with contextlib.suppress(TiltoptError):
+                self.on_answer(id_, answer)
+            raise
         if self.on_progress is not None:
             self.on_progress(len(self.resolved), len(self.items))

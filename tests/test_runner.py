@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tiltopt.errors import ConfigError, RewardError
+from tiltopt.errors import ConfigError, RewardError, StoreError
 from tiltopt.online.runner import Runner, Stop, Window
 from tiltopt.rewards.base import Answer, FunctionReward, Retry
 from tiltopt.rewards.replies import read_reply
@@ -43,7 +43,8 @@ class Record:
         self.threads = set()
 
     def __call__(self, id_, answer):
-        assert id_ not in self.answers, "delivered twice"
+        if id_ in self.answers:
+            raise StoreError(f"{id_} is already answered")
         self.answers[id_] = answer
         self.order.append(id_)
         self.threads.add(threading.get_ident())
@@ -440,6 +441,32 @@ def test_keyboard_interrupt_delivers_what_has_arrived():
     with pytest.raises(KeyboardInterrupt):
         make(function, concurrency=3).run(items(3), on_answer)
     assert seen.values() == {"q0": 0.0, "q1": 1.0, "q2": 2.0}
+
+
+def test_an_answer_that_was_cut_off_before_it_was_stored_is_delivered_again():
+    seen, cut = Record(), []
+
+    def on_answer(id_, answer):
+        if not cut:
+            cut.append(id_)
+            raise KeyboardInterrupt
+        seen(id_, answer)
+
+    with pytest.raises(KeyboardInterrupt):
+        make(lambda x, p: [5.0]).run(items(2), on_answer)
+    assert seen.values() == {"q0": 5.0}
+
+
+def test_a_budget_that_ends_with_the_last_answer_is_no_stop():
+    clock = Clock()
+
+    def hour(images, prompts):
+        clock.advance(3600.0)
+        return [1.0]
+
+    runner = make(hour, clock=clock, max_seconds=3600.0)
+    assert runner.run(items(1), Record()) is None
+    assert runner.budget_left() == "max_seconds"
 
 
 @pytest.mark.parametrize(
