@@ -102,9 +102,9 @@ class Runner:
 
         Args:
             items: (id, image, prompt).
-            on_answer: called in this thread with (id, answer), once per answered item, as soon as it is there. Only if a
-                keyboard interrupt hits the call itself, it is made a second time; a `TiltoptError` that refuses the
-                second is ignored.
+            on_answer: called in this thread with (id, answer), once per answered item, as soon as it is there. Only
+                if a keyboard interrupt hits the call itself, it is made a second time, and a `TiltoptError` by which
+                it then refuses is ignored.
             on_progress: called with (answered so far, items) after each.
 
         Returns:
