@@ -154,7 +154,7 @@ class DiffusersPrior:
             guidance_scale: None for the prior's own.
         """
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        if self._distilled_guidance is not None:
+        if self.distilled is not None:
             return self.network(x, timestep, embeds, guidance_scale=scale)
         if scale == 1.0:
             return self.network(x, timestep, embeds)
@@ -174,8 +174,8 @@ class DiffusersPrior:
             ids = torch.tensor([height, width, 0.0, 0.0, height, width], device=x.device, dtype=self.dtype)
             options["added_cond_kwargs"] = {"text_embeds": embeds["pooled"], "time_ids": ids.expand(n, 6)}
             embeds = embeds["text"]
-        if self._distilled_guidance is not None:
-            options["timestep_cond"] = guidance_embedding(guidance_scale, self._distilled_guidance, x).to(self.dtype)
+        if self.distilled is not None:
+            options["timestep_cond"] = guidance_embedding(guidance_scale, self.distilled, x).to(self.dtype)
         inputs = x.to(self.dtype)
         if self._channels_last:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
@@ -261,7 +261,7 @@ class DiffusersPrior:
         if gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
             self.vae.enable_gradient_checkpointing()
-        self._distilled_guidance = getattr(self.unet.config, "time_cond_proj_dim", None)
+        self.distilled = getattr(self.unet.config, "time_cond_proj_dim", None)
         if self._xl:
             needed = self.unet.add_embedding.linear_1.in_features
             pooled = self.text.encoders[-1].config.projection_dim

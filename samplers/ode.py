@@ -104,6 +104,18 @@ def noise_estimate(prior: DiffusersPrior, condition: Conditioning | Composition)
     return estimate
 
 
+def unguided_estimate(prior: DiffusersPrior, condition: Conditioning, source: DiffusersPrior) -> NoiseEstimate:
+    """`noise_estimate` with guidance scale 1, one call of n rows; a `condition` that `source` encoded is encoded anew
+    where the two are different models."""
+    own = condition if prior is source else prior.encode(condition.prompts)
+    return noise_estimate(prior, Composition((own,), (1.0,)) if prior.distilled is None else own)
+
+
+def denoise(estimate: NoiseEstimate, x: Tensor, sigma: float) -> Tensor:
+    """E[x0 | x] = x - sigma eps(x, sigma), (n, *event)."""
+    return x - sigma * estimate(x, sigma)
+
+
 def heun_step(estimate: NoiseEstimate, x: Tensor, sigma: float, after: float, first: Tensor, beta: float = 0.0,
               z: Tensor | None = None) -> Tensor:  # fmt: skip
     """One Heun step from `sigma` to `after`.
@@ -263,6 +275,10 @@ def latent_to_image(prior: DiffusersPrior, x: Tensor) -> Tensor:
 def _composed(prior: DiffusersPrior, y: Tensor, t: float, condition: Composition) -> Tensor:
     """Network output eps_0 + sum c_i (eps_i - eps_0) in one call; the mix is affine, so it holds in any units."""
     n, embeds = len(y), condition.conds[0].embeds
+    if prior.distilled is not None:
+        raise PriorError("a model with distilled guidance (LCM) takes one prompt and no negative; pass a Conditioning")
+    if condition.weights == (1.0,):
+        return prior.network(y, t, embeds)
     stacked: Any = zip_map(lambda negative, e: negative.expand(n, *e.shape[1:]), prior.negative, embeds)
     for cond in condition.conds:
         stacked = zip_map(lambda a, b: torch.cat([a, b]), stacked, cond.embeds)

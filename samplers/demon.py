@@ -1,0 +1,240 @@
+"""Sampling Demon: steer a diffusion with a black box alone, by choosing each step's noise. Biased.
+
+At every noisy step, from the same x, draw K noises z_1 .. z_K, take the step with each, estimate the clean design that
+each leads to, and score it. The step is then taken with
+
+    z* = sqrt(d) sum_k w_k z_k / || sum_k w_k z_k ||,
+
+w_k = tanh((r_k - mean r) / tau), or softmax(r / tau)_k, or r_k - mean r. Rewards need no gradient.
+Yeh et al., "Training-free diffusion model alignment with Sampling Demons" (arXiv 2410.05760), algorithm 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor
+
+from tiltopt.errors import ConfigError, PotentialError
+from tiltopt.samplers.demon_walks import ChainWalk, HeunWalk, Walk
+from tiltopt.samplers.diffusers_prior import DiffusersPrior
+from tiltopt.samplers.micro_batch import MicroBatches
+from tiltopt.samplers.prior import Prior
+from tiltopt.samplers.smc import Samples, StepInfo, check_call
+from tiltopt.types import Conditioning, Potential
+
+Combine = Literal["tanh", "boltzmann", "optimal"]
+SPREAD = 1e-8  # rewards closer together than this say nothing
+
+
+def demon_weights(rewards: Tensor, combine: Combine, tau: float | None) -> Tensor:
+    """Weights of K noises, (..., K), from their rewards, (..., K).
+
+    All ones where the rewards of a row are equal. A reward that is not finite gets the weight zero.
+
+    Args:
+        rewards: (..., K), any unit, higher is better.
+        combine: `tanh`, `boltzmann`, or `optimal`: r - mean r, the least-squares direction of the reward in the noise
+            (published as the raw r, which depends on where the reward's zero lies).
+        tau: in units of the reward; None: the standard deviation of the row.
+    """
+    good = torch.isfinite(rewards)
+    r = torch.where(good, rewards, torch.zeros_like(rewards)).double()
+    count = good.sum(-1, keepdim=True).clamp_min(1)
+    centred = torch.where(good, r - r.sum(-1, keepdim=True) / count, torch.zeros_like(r))
+    sd = (centred.square().sum(-1, keepdim=True) / (count - 1).clamp_min(1)).sqrt()
+    scale = sd.clamp_min(SPREAD) if tau is None else torch.full_like(sd, tau)
+    if combine == "tanh":
+        w = torch.tanh(centred / scale)
+    elif combine == "boltzmann":
+        w = torch.softmax((centred / scale).masked_fill(~good, -math.inf), dim=-1)
+    else:
+        w = centred
+    return torch.where(sd < SPREAD, torch.ones_like(w), w)
+
+
+def combine_noises(z: Tensor, weights: Tensor) -> Tensor:
+    """z* of norm sqrt(d) from K noises; one noise alone is returned as it is.
+
+    Args:
+        z: (n, K, *event), standard normal.
+        weights: (n, K), not all zero in a row.
+    """
+    if z.shape[1] == 1:
+        return z[:, 0]
+    flat = z.flatten(2)
+    total = (weights.to(z.dtype).unsqueeze(-1) * flat).sum(1)
+    norm = total.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
+    return (math.sqrt(flat.shape[-1]) * total / norm).reshape(z[:, 0].shape)
+
+
+@dataclass(frozen=True)
+class Demon:
+    """Sampling Demon behind the interface of every sampler.
+
+    `num_particles` P are P independent chains per prompt, each of which draws `num_noises` candidates per step: a step
+    costs P * (1 + K * (1 network call for the step + those of the estimate)) rows per prompt, and P * K rewards.
+
+    Biased: chains are pushed as far as the noise allows, whatever the size of log G, and nothing corrects for it.
+    `log_w` is therefore uniform (-log P), and `log_z` is NaN: there is no estimate of it.
+
+    Args:
+        combine: `tanh` (published default), `boltzmann`, `optimal`; see `demon_weights`.
+        num_noises: K >= 1; K = 1 is plain sampling of the prior, without a single reward.
+        tau: in nats; None adapts to the standard deviation of each chain's current rewards.
+        estimate: of the clean design, from a candidate: `consistency` is one network evaluation without guidance,
+            `baseline` an ODE of about `baseline_steps` steps at sigma_max, fewer further down (DiffusersPrior only).
+        integrator: `heun` solves the variance-exploding SDE (DiffusersPrior); `chain` uses the prior's own kernels
+            (any prior, eta > 0); `auto` takes heun where it can.
+        steps: T of the heun integrator; None: the prior's number of steps.
+        beta: noise level of the SDE, > 0.
+        ode_after: below this sigma the rest is the ODE, without candidates.
+        baseline_steps: see `estimate`.
+        consistency: a distilled model (LCM) of the same latents that gives the `consistency` estimate; None: the
+            prior itself.
+        micro_batch: rows per network call; None: all at once. Halved when memory runs out.
+        nan: what a reward that is not finite does: `raise`, or `kill` that candidate.
+    """
+
+    combine: Combine = "tanh"
+    num_noises: int = 16
+    tau: float | None = None
+    estimate: Literal["consistency", "baseline"] = "consistency"
+    integrator: Literal["auto", "heun", "chain"] = "auto"
+    steps: int | None = None
+    beta: float = 0.1
+    ode_after: float = 0.11
+    baseline_steps: int = 20
+    consistency: DiffusersPrior | None = None
+    select: Literal["draw", "argmax", "all"] = "draw"
+    micro_batch: int | None = None
+    nan: Literal["raise", "kill"] = "raise"
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "combine": ("tanh", "boltzmann", "optimal"),
+            "estimate": ("consistency", "baseline"),
+            "integrator": ("auto", "heun", "chain"),
+            "select": ("draw", "argmax", "all"),
+            "nan": ("raise", "kill"),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ConfigError(f"`{name}` must be one of {', '.join(values)}, got {getattr(self, name)!r}.")
+        for name in ("num_noises", "steps", "baseline_steps", "micro_batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"`{name}` must be at least 1, got {value}.")
+        for name in ("tau", "beta"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ConfigError(f"`{name}` must be positive, got {value}.")
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prior: Prior,
+        potential: Potential,
+        cond: Conditioning,
+        *,
+        num_particles: int,
+        generators: Sequence[Generator],
+        callback: Callable[[StepInfo], None] | None = None,
+    ) -> Samples:
+        """See `tiltopt.samplers.smc.Sampler.sample`; the callback's mean_potential is over the step's candidates."""
+        check_call(cond, num_particles, generators)
+        walk = self._walk(prior)
+        chains = MicroBatches(cond, num_particles, self.micro_batch)
+        candidates = MicroBatches(cond, num_particles * self.num_noises, self.micro_batch)
+        x = walk.initial(num_particles, generators)
+        mean = torch.full((len(cond),), math.nan, dtype=torch.float64)
+        for k in range(walk.num_steps):
+            _tell(callback, k, mean, num_particles)
+            first = _map(chains, lambda c, y, k=k: walk.first(k, y, c), x)
+            z = None
+            if walk.noisy(k):
+                z = self._noises(x, num_particles, generators)
+                if self.num_noises > 1:
+                    rewards = self._score(prior, potential, walk, k, candidates, x, first, z)
+                    mean = rewards.double().cpu().reshape(len(cond), -1).nanmean(-1)
+                    weights = demon_weights(rewards, self.combine, self.tau).to(z.device)
+                    z = combine_noises(z, weights)
+                else:
+                    z = z[:, 0]
+            move = lambda c, y, f, *noise, k=k: walk.move(k, y, f, noise[0] if noise else None, c)  # noqa: E731
+            x = _map(chains, move, x, first, *(() if z is None else (z,)))
+        _tell(callback, walk.num_steps, mean, num_particles)
+        x0 = _map(chains, lambda c, y: walk.finish(y, c), x)
+        designs = _map(chains, lambda c, y: prior.decode(y), x0)
+        shape = (len(cond), num_particles)
+        log_w = torch.full(shape, -math.log(num_particles), dtype=torch.float64)
+        log_z = torch.full(shape[:1], math.nan, dtype=torch.float64)
+        return Samples(x0.unflatten(0, shape), designs.unflatten(0, shape), log_w, log_z)
+
+    def _walk(self, prior: Prior) -> Walk:
+        if isinstance(prior, DiffusersPrior) and self.integrator != "chain":
+            return HeunWalk(prior, self.steps or prior.num_steps, self.beta, self.ode_after,
+                            self.baseline_steps if self.estimate == "baseline" else None, self.consistency)  # fmt: skip
+        if self.integrator == "heun" or self.estimate == "baseline" or self.consistency is not None:
+            raise ConfigError(
+                "integrator='heun', estimate='baseline' and a `consistency` model need a DiffusersPrior and its heun "
+                f"integrator, got {type(prior).__name__} with integrator={self.integrator!r}; use integrator='chain' "
+                "with estimate='consistency'."
+            )
+        return ChainWalk(prior)
+
+    def _noises(self, x: Tensor, num_particles: int, generators: Sequence[Generator]) -> Tensor:
+        """(n, K, *event) standard normal; prompt b's from generators[b] alone."""
+        shape = (num_particles, self.num_noises, *x.shape[1:])
+        return torch.cat([torch.randn(shape, generator=g, device=g.device, dtype=x.dtype) for g in generators]).to(
+            x.device
+        )
+
+    def _score(
+        self, prior: Prior, potential: Potential, walk: Walk, k: int, batches: MicroBatches,
+        x: Tensor, first: Tensor, z: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """Rewards (n, K) of the candidates of step k."""
+
+        def look(start: int, cond: Conditioning, y: Tensor, f: Tensor, noise: Tensor) -> tuple[Tensor]:
+            designs = prior.decode(walk.clean(k + 1, walk.move(k, y, f, noise, cond), cond))
+            values = torch.as_tensor(potential(designs, cond)).detach()
+            _check(values, len(designs), k, cond, self.nan)
+            return (values,)
+
+        spread = [t.repeat_interleave(self.num_noises, dim=0) for t in (x, first)]
+        (values,) = batches.map(look, *spread, z.flatten(0, 1))
+        assert values is not None
+        return values.reshape(z.shape[:2])
+
+
+def _map(batches: MicroBatches, fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """fn(conditioning, *pieces) over all rows."""
+    (out,) = batches.map(lambda start, cond, *pieces: (fn(cond, *pieces),), *inputs)
+    assert out is not None
+    return out
+
+
+def _check(values: Tensor, n: int, k: int, cond: Conditioning, nan: str) -> None:
+    if values.shape != (n,):
+        raise PotentialError(f"the potential must return one number per design, ({n},), got {tuple(values.shape)}.")
+    bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
+    if bad and nan == "raise":
+        raise PotentialError(
+            f"the potential must be finite, got {float(values[bad[0]])} at step {k} for prompt "
+            f"{cond.prompts[bad[0]]!r}; mend the reward, or pass nan='kill' to ignore such candidates."
+        )
+
+
+def _tell(callback: Callable[[StepInfo], None] | None, k: int, mean: Tensor, num_particles: int) -> None:
+    """What a person may want to know of step k; there are no weights, so ESS is P and log Z unknown."""
+    if callback is None:
+        return
+    num_prompts = len(mean)
+    every = torch.full((num_prompts,), float(num_particles), dtype=torch.float64)
+    ancestors = torch.arange(num_particles).expand(num_prompts, -1).clone()
+    callback(StepInfo(k, every, ancestors, torch.ones_like(every), torch.full_like(every, math.nan), mean.clone()))
