@@ -129,6 +129,8 @@ class MixturePrior:
         self._gain = (self.abar.sqrt().view(-1, 1, 1, 1) * (data.covs @ inverse)).to(dtype)
         self._log_norm = (data.log_weights - 0.5 * torch.logdet(noisy)).to(dtype)
         self._means = data.means.to(dtype)
+        variance = data.covs[0, 0, 0]
+        self._isotropic = bool(torch.equal(data.covs, (variance * eye).expand_as(data.covs)))
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Prompts mean nothing to this prior."""
@@ -144,11 +146,21 @@ class MixturePrior:
 
     def reverse(self, k: int, x: Tensor, cond: Conditioning) -> Reverse:
         """The exact denoiser and the DDIM mean."""
+        x0 = self._denoise_isotropic(k, x) if self._isotropic else self._denoise(k, x)
+        return Reverse(float(self.from_x0[k]) * x0 + float(self.from_x[k]) * x, x0)
+
+    def _denoise(self, k: int, x: Tensor) -> Tensor:
         off = x.unsqueeze(1) - self._centres[k]  # (n, I, d)
         quadratic = torch.einsum("nij,ijk,nik->ni", off, self._precision[k], off)
         responsibility = torch.softmax(self._log_norm[k] - 0.5 * quadratic, dim=1)
-        x0 = responsibility @ self._means + torch.einsum("ni,ijk,nik->nj", responsibility, self._gain[k], off)
-        return Reverse(float(self.from_x0[k]) * x0 + float(self.from_x[k]) * x, x0)
+        return responsibility @ self._means + torch.einsum("ni,ijk,nik->nj", responsibility, self._gain[k], off)
+
+    def _denoise_isotropic(self, k: int, x: Tensor) -> Tensor:
+        """The same where all components have one covariance, a multiple of I: two matrix products."""
+        centres, precision, gain = self._centres[k], self._precision[k, 0, 0, 0], self._gain[k, 0, 0, 0]
+        logits = self._log_norm[k] + precision * (x @ centres.mT - 0.5 * centres.square().sum(-1))
+        responsibility = torch.softmax(logits, dim=1)
+        return responsibility @ (self._means - gain * centres) + gain * x
 
     def decode(self, x0: Tensor) -> Tensor:
         """Events are designs."""
