@@ -2,6 +2,7 @@
 
 from tiltopt.samplers.baselines import BestOfN, PriorOnly
 from tiltopt.samplers.das import DAS
+from tiltopt.samplers.demon import Demon
 from tiltopt.samplers.fk_steering import FKSteering
 from tiltopt.samplers.guidance import Guidance
 from tiltopt.samplers.pilot import Pilot, PilotCache, run_pilot
@@ -14,6 +15,7 @@ __all__ = [
     "TDS",
     "BestOfN",
     "Calibration",
+    "Demon",
     "FKSteering",
     "Guidance",
     "Pilot",
