@@ -8,8 +8,12 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from tiltopt.errors import TiltoptError
+from tiltopt.errors import ConfigError, TiltoptError
+
+if TYPE_CHECKING:
+    from tiltopt.online.optimizer import Optimizer
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -27,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     try:
         options, rest = parser.parse_known_args(arguments)
-        if rest and options.command not in ("run", "import"):
+        if rest and options.command not in ("run", "import", "rate"):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
     except SystemExit as stop:  # argparse has said what is wrong, or printed its help
         return int(stop.code or 0)
@@ -100,6 +104,13 @@ def make_parser() -> argparse.ArgumentParser:
         "table", help="a CSV file with `value`, `image` or `f0`, `f1`, ..., and optionally `prompt`, `sem`"
     )
 
+    rate = add("rate", _rate, "serve a page on which a person rates the images of a run")
+    rate.usage = "tiltopt rate RUN [--port N] [--low X] [--high X] [--config FILE.py[:PRESET] [--config.KEY=VALUE ...]]"
+    rate.add_argument("folder", help="folder of the run; with --config it is made when it is not there")
+    rate.add_argument("--port", type=_count, default=0, help="on 127.0.0.1 (default: any free one)")
+    rate.add_argument("--low", type=float, default=0.0, help="what key 0 means (default 0)")
+    rate.add_argument("--high", type=float, default=9.0, help="what key 9 means (default 9)")
+
     surrogate = add("surrogate", _surrogate, "say what a saved surrogate is and how well it predicted")
     surrogate.add_argument("folder", help="folder of the surrogate, checkpoints/<run>/round_NNN")
     return parser
@@ -162,26 +173,50 @@ def _export(options: argparse.Namespace) -> int:
 
 def _import(options: argparse.Namespace) -> int:
     from tiltopt.online.importing import import_measurements, read_measurements
-    from tiltopt.online.optimizer import Optimizer
     from tiltopt.online.record import run_folder
 
     if not options.rest:
         run_folder(options.folder)
     found = read_measurements(options.table)
-    if options.rest and not Optimizer.exists(options.folder):
-        from tiltopt.online.commandline import parse
-        from tiltopt.online.components import check
-        from tiltopt.online.settings import Settings
-
-        settings = Settings.from_config(parse(options.rest))
-        check(settings)
-        optimizer = Optimizer.create(options.folder, settings)
-    else:
-        optimizer = Optimizer.open(options.folder)
-    with optimizer:
+    with _open_or_create(options.folder, options.rest) as optimizer:
         number = import_measurements(optimizer, found, options.table)
     print(f"{number} measurements imported into {options.folder}")
     return 0
+
+
+def _rate(options: argparse.Namespace) -> int:
+    from tiltopt.online.record import run_folder
+
+    if not options.rest:
+        run_folder(options.folder)
+    if not options.low < options.high:
+        raise ConfigError(f"expected --low below --high, got {options.low:g} and {options.high:g}.")
+    try:
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"expected the packages of `pip install tiltopt[server]`, got {error}.") from error
+    from tiltopt.online.rate import serve
+    from tiltopt.online.rating import Rating, Scale
+
+    with _open_or_create(options.folder, options.rest) as optimizer:
+        serve(Rating(optimizer, Scale(options.low, options.high)), options.port)
+    return 0
+
+
+def _open_or_create(folder: str, configuration: Sequence[str]) -> Optimizer:
+    """The run in `folder`, made from `--config ...` arguments when there is none yet."""
+    from tiltopt.online.optimizer import Optimizer
+
+    if not configuration or Optimizer.exists(folder):
+        return Optimizer.open(folder)
+    from tiltopt.online.commandline import parse
+    from tiltopt.online.components import check
+    from tiltopt.online.settings import Settings
+
+    settings = Settings.from_config(parse(configuration))
+    check(settings)
+    return Optimizer.create(folder, settings)
 
 
 def _surrogate(options: argparse.Namespace) -> int:

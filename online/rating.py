@@ -1,0 +1,192 @@
+"""A person as the black box: which image is shown next, and what becomes of each answer. No web in here."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tiltopt.errors import StoreError, TiltoptError
+from tiltopt.online import files, rounds
+from tiltopt.online.optimizer import Optimizer
+from tiltopt.online.record import load_run
+from tiltopt.online.report import write_report
+from tiltopt.online.summary import summarise, write_json
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The numbers a person may give, `low` (worst) to `high` (best)."""
+
+    low: float = 0.0
+    high: float = 9.0
+
+    def check(self, value: Any) -> float:
+        """`value` as a number on the scale.
+
+        Raises:
+            StoreError: it is not.
+        """
+        number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+        if not self.low <= number <= self.high:
+            raise StoreError(
+                f"expected a number from {self.low:g} to {self.high:g}, got {value!r}. Nothing was stored."
+            )
+        return float(number)
+
+
+class Rating:
+    """Hands out the queries of a run to a person, stores each answer when it comes, draws rounds when asked to.
+
+    Safe to call from several threads. All state that matters is in the store: a page that is reloaded, a second tab or
+    a restarted server see the same.
+
+    Args:
+        optimizer: the run, open for writing, in a team of one.
+        scale: of the answers.
+    """
+
+    def __init__(self, optimizer: Optimizer, scale: Scale | None = None) -> None:
+        self.optimizer = optimizer
+        self.scale = scale or Scale()
+        self._lock = threading.RLock()
+        self._drawing: threading.Thread | None = None
+        self._progress = ("", 0, 0)
+        self._trouble = ""
+
+    def state(self) -> dict[str, Any]:
+        """What a page needs to know.
+
+        Returns:
+            `query` {`id`, `prompt`} or None, `waiting` (queries of the round without an answer), `asked` (of the
+            round), `round`, `rounds` (planned), `answered` (of the run), `undo` (id of the answer that can be taken
+            back, or None), `drawing` (a round is being drawn), `progress` [kind, done, total], `complete`, `trouble`.
+        """
+        with self._lock:
+            store, settings = self.optimizer.store, self.optimizer.settings
+            pending = store.in_state("asked")
+            last = store.next()[0] - 1
+            drawing = self._drawing is not None and self._drawing.is_alive()
+            return {
+                "query": {"id": pending[0].number, "prompt": pending[0].prompt} if pending else None,
+                "waiting": len(pending),
+                "asked": sum(store.counts(last).values()) if last >= 0 else 0,
+                "round": last,
+                "rounds": settings.rounds + 1,
+                "answered": store.counts()["answered"],
+                "undo": self._newest(last),
+                "drawing": drawing,
+                "progress": list(self._progress),
+                "complete": not pending and not drawing and self._drawn() > settings.rounds,
+                "trouble": self._trouble,
+            }
+
+    def rate(self, id: Any, value: Any) -> None:
+        """Store an answer.
+
+        Raises:
+            StoreError: not a number on the scale, unknown query, or one that has an answer already (another tab).
+        """
+        with self._lock:
+            self.optimizer.tell(id, self.scale.check(value))
+
+    def skip(self, id: Any) -> None:
+        """The person cannot or will not judge this one; it is abandoned and teaches nothing."""
+        with self._lock:
+            self.optimizer.abandon(id, "skipped by the rater")
+
+    def undo(self) -> int:
+        """Take the newest answer back, as long as no later round was drawn; returns its query.
+
+        Raises:
+            StoreError: there is none.
+        """
+        with self._lock:
+            if self._busy():
+                raise StoreError("the next round is being drawn from these answers; they can no longer be taken back.")
+            newest = self._newest(self.optimizer.store.next()[0] - 1)
+            if newest is None:
+                raise StoreError("there is no answer of this round to take back.")
+            self.optimizer.undo(newest)
+            return newest
+
+    def draw(self, done: Callable[[], None] | None = None) -> None:
+        """Draw the next round in the background. Does nothing while one is being drawn.
+
+        Args:
+            done: called in the background when it is there, or has failed.
+
+        Raises:
+            StoreError: queries still wait for answers, or every planned round is drawn.
+        """
+        with self._lock:
+            if self._busy():
+                return
+            if self.optimizer.store.counts()["asked"]:
+                raise StoreError("queries of this round still wait for an answer; rate or skip them first.")
+            settings, number = self.optimizer.settings, self._drawn()
+            if number > settings.rounds:
+                raise StoreError("every planned round is drawn and answered; the run is complete.")
+            size = settings.batch_size if number else settings.initial_batch_size
+            self._trouble = ""
+            self._drawing = threading.Thread(target=self._work, args=(size, done), daemon=True)
+            self._drawing.start()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for the round that is being drawn, if any."""
+        if self._drawing is not None:
+            self._drawing.join(timeout)
+
+    def finish(self) -> None:
+        """Write what a run leaves behind: the rounds' summaries, `summary.json`, `report.html`."""
+        with self._lock:
+            self._checkpoint()
+            folder = self.optimizer.folder
+            if not self.optimizer.store.rounds():
+                return
+            record = load_run(folder, self.optimizer.queries())
+            summary = summarise(record.settings, record.queries, record.rounds, unit="points")
+            write_json(folder / "summary.json", summary | {"complete": self.state()["complete"], "reward": "a person"})
+            write_report(folder, load_run(folder, record.queries))
+
+    def _work(self, size: int, done: Callable[[], None] | None) -> None:
+        try:
+            with self._lock:
+                self._checkpoint()
+            self.optimizer.ask(size, self._tell)
+        except (TiltoptError, RuntimeError, OSError) as error:
+            self._trouble = f"the round could not be drawn: {error}"
+        finally:
+            self._progress = ("", 0, 0)
+            if done is not None:
+                done()
+
+    def _tell(self, kind: str, done: int, total: int) -> None:
+        self._progress = (kind, done, total)
+
+    def _busy(self) -> bool:
+        return self._drawing is not None and self._drawing.is_alive()
+
+    def _drawn(self) -> int:
+        """Rounds that were drawn; imported measurements are none."""
+        return sum(record.kind != "imported" for record in self.optimizer.store.rounds())
+
+    def _newest(self, round_: int) -> int | None:
+        """The query of the newest round that was answered last."""
+        if round_ < 0 or self._busy():
+            return None
+        records = self.optimizer.store.rounds()
+        if records[-1].kind == "imported":
+            return None
+        rows = self.optimizer.store.in_state("answered", round_)
+        return max(rows, key=lambda row: (row.changed_at, row.number)).number if rows else None
+
+    def _checkpoint(self) -> None:
+        """Summaries of rounds that are answered in full; written again, because an undo may have changed one."""
+        for record in self.optimizer.store.rounds():
+            place = files.round_folder(self.optimizer.folder, record.round) / "summary.json"
+            newest = record.round == self.optimizer.store.next()[0] - 1
+            if self.optimizer.store.counts(record.round)["asked"] == 0 and (newest or not place.exists()):
+                rounds.write_summary(self.optimizer.folder, self.optimizer.store, record.round, {})
