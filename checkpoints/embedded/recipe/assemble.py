@@ -14,22 +14,13 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTokenizer
 
-from tiltopt.embedded.recipe.clip import processor
+from tiltopt.embedded.recipe.clip import processor, text_encoder
 from tiltopt.embedded.recipe.common import EMBEDDED, log, parser
 from tiltopt.embedded.recipe.tokenizer import save as save_tokenizer
 from tiltopt.embedded.recipe.unet import SCHEDULE
 from tiltopt.online.judge import Judge
-
-
-def text_encoder(clip: CLIPModel) -> CLIPTextModel:
-    """The text tower of `clip` as a model of its own."""
-    out = CLIPTextModel(clip.config.text_config)
-    wanted = out.state_dict()
-    state = clip.text_model.state_dict()
-    out.load_state_dict({k if k in wanted else f"text_model.{k}": v for k, v in state.items()})
-    return out
 
 
 def assemble(

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from tiltopt.embedded.recipe.common import (
     Clock,
@@ -53,6 +53,15 @@ def new_clip(tokenizer: CLIPTokenizer, seed: int) -> CLIPModel:
     with torch.random.fork_rng():
         torch.random.default_generator.manual_seed(seed)
         return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=TOWER["projection_dim"]))
+
+
+def text_encoder(clip: CLIPModel) -> CLIPTextModel:
+    """The text tower of `clip` as a model of its own."""
+    out = CLIPTextModel(clip.config.text_config)
+    wanted = out.state_dict()
+    state = clip.text_model.state_dict()
+    out.load_state_dict({k if k in wanted else f"text_model.{k}": v for k, v in state.items()})
+    return out
 
 
 class Towers:

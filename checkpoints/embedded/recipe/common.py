@@ -77,7 +77,7 @@ class Clock:
         return self.spent + time.monotonic() - self.start
 
     def progress(self, step: int) -> float:
-        return step / self.steps if self.minutes is None else self.seconds() / (60 * self.minutes)
+        return step / max(self.steps, 1) if self.minutes is None else self.seconds() / (60 * self.minutes)
 
 
 class Average:

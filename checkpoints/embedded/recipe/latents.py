@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from diffusers import AutoencoderTiny
 from numpy.lib.format import open_memmap
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from tiltopt.embedded.recipe.clip import text_encoder
 from tiltopt.embedded.recipe.common import EMBEDDED, batches, log, parser, pixels
 from tiltopt.embedded.recipe.compose import Pool
 
@@ -73,16 +74,18 @@ def encode_captions(
 def main() -> None:
     args = parser(__doc__)
     args.add_argument("--pool", default="train")
-    args.add_argument("--pipeline", type=Path, default=EMBEDDED / "pipeline", help="folder with vae and text_encoder")
+    args.add_argument("--vae", type=Path, default=EMBEDDED / "pipeline" / "vae", help="folder of the autoencoder")
+    args.add_argument("--clip", type=Path, default=EMBEDDED / "clip", help="CLIPModel folder, for its text tower")
     args.add_argument("--batch", type=int, default=250)
     args.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = args.parse_args()
     pool = Pool.open(options.work / "pools" / options.pool)
-    text = CLIPTextModel.from_pretrained(options.pipeline / "text_encoder", attn_implementation="eager")
-    tokenizer = CLIPTokenizer.from_pretrained(options.pipeline / "tokenizer")
+    text = text_encoder(CLIPModel.from_pretrained(options.clip))
+    text.set_attn_implementation("eager")
+    tokenizer = CLIPTokenizer.from_pretrained(options.clip)
     count = encode_captions(text, tokenizer, pool, pool.folder, batch=options.batch, device=options.device)
     log("latents", captions=count)
-    vae = AutoencoderTiny.from_pretrained(options.pipeline / "vae")
+    vae = AutoencoderTiny.from_pretrained(options.vae)
     encode_images(vae, pool, pool.folder, batch=options.batch, device=options.device)
     sample = np.asarray(Tables.open(pool.folder).latents[:5000], np.float32)
     log("latents", pictures=len(pool.images), mean=float(sample.mean()), std=float(sample.std()))
