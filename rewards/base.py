@@ -57,6 +57,10 @@ class Answer:
         """True when there is no finite value, or an error was reported."""
         return self.error is not None or not math.isfinite(self.value)
 
+    def __float__(self) -> float:
+        """The value, NaN when the evaluation failed."""
+        return math.nan if self.failed else float(self.value)
+
     @classmethod
     def failure(cls, error: str, raw: Any = None) -> Answer:
         """An answer without a value."""
