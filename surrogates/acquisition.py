@@ -151,9 +151,9 @@ def _inner(
                 "or the acquisition to `ucb`."
             )
         return MaxMember(model)
-    seed = _seed(generator, index)
     if name == "thompson":
-        return thompson(model, torch.Generator().manual_seed(seed))
+        return thompson(model, generator, index)
+    seed = _seed(generator, index)
     pending = None if X_pending is None or len(X_pending) == 0 else X_pending.detach().to(torch.float64)
     probe = torch.zeros(1, _dim(model), dtype=torch.float64) if pending is None else pending[:1]
     sampler = get_sampler(model.posterior(probe), torch.Size([MC_SAMPLES]), seed=seed)
@@ -162,21 +162,23 @@ def _inner(
     return qLogExpectedImprovement(model, best_f=float(best_f), sampler=sampler, X_pending=pending)
 
 
-def thompson(model: Model, generator: Generator) -> nn.Module:
+def thompson(model: Model, generator: Generator, index: int | None = None) -> nn.Module:
     """One draw f of the posterior, as a module X (b) x 1 x d -> (b).
 
-    Exact in weight space for `linear` and `last_layer`; one member for an ensemble; a pathwise draw (Matheron's rule
-    over random Fourier features, Wilson et al. 2020, arXiv 2002.09309) for a GP.
+    Exact in weight space for `linear` and `last_layer`; one member for an ensemble, consecutive indices taking
+    different members; a pathwise draw for a GP (Wilson et al. 2020, arXiv 2002.09309).
 
     Raises:
         SurrogateError: for a model that has none of these.
     """
     sample_function = getattr(model, "sample_function", None)
     if sample_function is not None:
-        return Draw(sample_function(generator))
+        return Draw(sample_function(torch.Generator().manual_seed(_seed(generator, index))))
     if isinstance(model, EnsembleModel):
-        size = model.posterior(torch.zeros(1, _dim(model), dtype=torch.float64)).values.shape[-3]
-        return Member(model, int(torch.randint(size, (), generator=generator)))
+        with torch.no_grad():
+            size = model.posterior(torch.zeros(1, _dim(model), dtype=torch.float64)).values.shape[-3]
+        first = int(torch.randint(size, (), generator=generator))
+        return Member(model, (first + (index or 0)) % size)
     raise SurrogateError(f"no Thompson draw is known for a {type(model).__name__}; use `ucb`.")
 
 

@@ -1,0 +1,130 @@
+"""Surrogates for answers that are not one number: comparisons, and several objectives."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from botorch.exceptions.warnings import InputDataWarning
+from botorch.models import ModelList, PairwiseGP
+from botorch.models.pairwise_gp import PairwiseLaplaceMarginalLogLikelihood
+from botorch.optim.fit import fit_gpytorch_mll_scipy
+from gpytorch.constraints import Interval
+from gpytorch.kernels import AdditiveKernel, LinearKernel, MaternKernel, ScaleKernel
+from gpytorch.priors import GammaPrior, LogNormalPrior
+from torch import Generator, Tensor
+
+from tiltopt.errors import SurrogateError
+from tiltopt.surrogates.data import device_only
+from tiltopt.surrogates.gp import Project
+from tiltopt.surrogates.registry import fit
+
+
+class PairwiseModel(PairwiseGP):
+    """Utility u(x) behind comparisons, P(a preferred to b) = Phi((u(a) - u(b)) / sqrt 2), Laplace approximation.
+
+    Utilities have no unit and no zero: only their order and differences mean something.
+
+    Source: Chu and Ghahramani 2005, "Preference learning with Gaussian processes".
+    """
+
+    kind: ClassVar[str] = "pairwise"
+
+    def __init__(self, X: Tensor, comparisons: Tensor, project: Project) -> None:
+        self.answers = (X, comparisons)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", InputDataWarning)
+            super().__init__(X, comparisons, covar_module=utility_covariance(), input_transform=project)
+
+    @classmethod
+    def fit(
+        cls, X: Tensor, comparisons: Tensor, *, max_dim: int | None = None, max_iterations: int = 50
+    ) -> PairwiseModel:
+        """Hyper-parameters by Laplace's marginal likelihood."""
+        model = cls(X, comparisons, Project.learn(X, max_dim)).to(X)
+        mll = PairwiseLaplaceMarginalLogLikelihood(model.likelihood, model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fit_gpytorch_mll_scipy(mll, options={"maxiter": max_iterations})
+        return model.eval()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor]) -> PairwiseModel:
+        """Moves between devices but stays in float64."""
+        return super()._apply(device_only(fn))
+
+    def posterior(self, X: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """See `botorch.models.PairwiseGP.posterior`; X (b) x q x d is cast to float64."""
+        return super().posterior(X.to(self.answers[0]), *args, **kwargs)
+
+    @property
+    def noise_variance(self) -> Tensor:
+        """Comparisons are noisy, utilities are not: ()."""
+        return torch.zeros_like(self.answers[0][0, 0])
+
+
+def fit_pairwise(X: Tensor, comparisons: Tensor, **options: Any) -> PairwiseModel:
+    """A surrogate from comparisons.
+
+    Args:
+        X: (n, d), features of the items compared.
+        comparisons: (m, 2), long; each row (i, j) says that item i was preferred to item j. Contradictions are noise.
+        options: max_dim (principal axes kept), max_iterations.
+
+    Raises:
+        SurrogateError: on indices outside 0 .. n - 1, an item compared with itself, or nothing compared.
+    """
+    X = torch.as_tensor(X).detach().to(torch.float64)
+    comparisons = torch.as_tensor(comparisons).detach().long()
+    if X.ndim != 2 or len(X) < 2 or not torch.isfinite(X).all():
+        raise SurrogateError(f"`X` must be finite features of at least 2 items, (n, d), got {tuple(X.shape)}.")
+    if comparisons.ndim != 2 or comparisons.shape[1] != 2 or len(comparisons) == 0:
+        raise SurrogateError(
+            f"`comparisons` must be (m, 2) rows (preferred, other) with m >= 1, got {tuple(comparisons.shape)}."
+        )
+    if comparisons.min() < 0 or comparisons.max() >= len(X):
+        raise SurrogateError(f"`comparisons` must index the {len(X)} rows of `X`, got up to {int(comparisons.max())}.")
+    if (comparisons[:, 0] == comparisons[:, 1]).any():
+        raise SurrogateError("`comparisons` holds an item compared with itself; leave that row out.")
+    return PairwiseModel.fit(X, comparisons, **options)
+
+
+def fit_multi(
+    name: str | list[str], X: Tensor, Y: Tensor, *, sem: Tensor | None = None, generator: Generator, **options: Any
+) -> ModelList:
+    """One surrogate per objective, independent, as a BoTorch `ModelList`.
+
+    Args:
+        name: of the surrogate (see `fit`), or one name per objective.
+        X: (n, d); Y: (n, m), m objectives, each in its own unit; a NaN leaves that answer out of that objective.
+        sem: (n, m) or None.
+
+    Raises:
+        SurrogateError: if the number of names is not m, or an objective cannot be fitted.
+    """
+    if Y.ndim != 2:
+        raise SurrogateError(f"`Y` must be (n, m) for m objectives, got {tuple(Y.shape)}.")
+    names = [name] * Y.shape[1] if isinstance(name, str) else list(name)
+    if len(names) != Y.shape[1]:
+        raise SurrogateError(f"{len(names)} surrogate names for {Y.shape[1]} objectives; give one, or one each.")
+    models = []
+    for j, each in enumerate(names):
+        rows = ~torch.isnan(Y[:, j])
+        s = None if sem is None else sem[rows, j]
+        try:
+            models.append(fit(each, X[rows], Y[rows, j : j + 1], sem=s, generator=generator, **options))
+        except SurrogateError as error:
+            raise SurrogateError(f"objective {j}: {error}") from error
+    return ModelList(*models)
+
+
+def utility_covariance() -> ScaleKernel:
+    """A scaled sum of linear and Matern-5/2; the scale says how decisive the comparisons are."""
+    linear = LinearKernel(variance_prior=GammaPrior(1.5, 1.0))
+    matern = ScaleKernel(
+        MaternKernel(nu=2.5, lengthscale_prior=LogNormalPrior(0.5, 1.0)), outputscale_prior=GammaPrior(1.5, 1.0)
+    )
+    bounds = Interval(1e-3, 1e3, initial_value=2.0)
+    prior = LogNormalPrior(1.0, 1.5)
+    return ScaleKernel(AdditiveKernel(linear, matern), outputscale_prior=prior, outputscale_constraint=bounds)
