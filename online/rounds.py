@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from botorch.models.model import Model
 
 from tiltopt.errors import StoreError, SurrogateError
@@ -17,6 +17,8 @@ from tiltopt.online.rows import RoundRecord
 from tiltopt.online.settings import Settings
 from tiltopt.online.store import Store
 from tiltopt.online.summary import calibration, jsonable, round_statistics
+from tiltopt.surrogates import io
+from tiltopt.surrogates.calibration import adjust, score
 
 
 def save_surrogate(folder: Path, record: RoundRecord, model: Model, feature_id: str) -> None:
@@ -25,8 +27,6 @@ def save_surrogate(folder: Path, record: RoundRecord, model: Model, feature_id: 
     Raises:
         StoreError: the disk refuses.
     """
-    from tiltopt.surrogates import io
-
     target = files.round_folder(folder, record.round)
     partial = target.with_name(target.name + ".part")
     try:
@@ -49,8 +49,6 @@ def newest_surrogate(
 
     Damaged files are left as they are; the next fit does not need them, because it uses all answers.
     """
-    from tiltopt.surrogates import io
-
     notes: list[str] = []
     for record in reversed(rounds):
         if record.fingerprint is None:
@@ -69,39 +67,30 @@ def score_previous(
     """How the newest surrogate predicted the answers that came after it, before they teach the next one.
 
     Returns:
-        The report (see `tiltopt.surrogates.calibration.score`) with `optimism_gap`, mean acquired value minus mean
-        answer of the queries drawn with it, and `round`; None without a surrogate or new answers. And notes for people.
+        The scores (see `tiltopt.surrogates.calibration.score`; the optimism gap is that of the acquisition values) and
+        the `round` of that surrogate; None without a surrogate or new answers. And notes for people.
     """
     round_, model, notes = newest_surrogate(folder, rounds, feature_id)
     if round_ is None or model is None:
         return None, notes
-    X, Y = store.answers_since(round_)
+    X, Y, sem, acquired = store.promises_since(round_)
     if not len(X):
         return None, notes
-    from tiltopt.surrogates.calibration import score
-
-    return {**report_dict(score(model, X, Y)), "round": round_, **_gap(store, round_)}, notes
-
-
-def report_dict(report: Any) -> dict[str, Any]:
-    """A calibration report as plain JSON values."""
-    return jsonable(report if isinstance(report, Mapping) else asdict(report))
-
-
-def _gap(store: Store, round_: int) -> dict[str, Any]:
-    d = store.diagnostics(round_)
-    d = d[d["state"] == "answered"]
-    return {"optimism_gap": calibration(d["value"], d["predicted"], d["predicted_sd"], d["acquired"])["optimism_gap"]}
+    with torch.no_grad():
+        mean = model.posterior(X.unsqueeze(-2)).mean.flatten()
+    promised = torch.where(acquired.isnan(), mean, acquired)
+    return {**score(model, X, Y, sem=sem, predicted=promised), "round": round_}, notes
 
 
 def plan_of(settings: Settings, scores: Sequence[Mapping[str, Any]]) -> Plan:
-    """Price and optimism of the next round, from the settings and how the surrogates have predicted so far."""
+    """Price and optimism of the next round: the settings, made more careful by every score so far, oldest first."""
     alpha, beta = settings.sampler.alpha, settings.acquisition.beta
-    if not settings.acquisition.adapt or alpha is None or not scores:
+    if not settings.acquisition.adapt or alpha is None:
         return Plan(alpha, beta)
-    from tiltopt.surrogates.calibration import adjust
-
-    return Plan(*adjust(alpha, beta, scores))
+    now, note = alpha, ""
+    for i in range(len(scores)):
+        now, beta, note = adjust(now, beta, [dict(s) for s in scores[: i + 1]], alpha_floor=alpha)
+    return Plan(now, beta, (note,) if note else ())
 
 
 def summarise(store: Store, record: RoundRecord) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -244,22 +244,32 @@ class Store:
     def data(self) -> Data:
         """Every answer and the features of what is pending, in order of query numbers, read in one pass each."""
         with self.database.reading() as c:
-            rows = c.execute(self._vectors("answered", queries.c.value, queries.c.sem)).all()
-            pending = c.execute(self._vectors("asked")).all()
-        X = matrix([row.vector for row in rows])
-        Y = torch.tensor([row.value for row in rows], dtype=torch.float64)[:, None]
-        sems = np.array([row.sem for row in rows], dtype=np.float64)  # None becomes NaN
-        known = (
-            None if np.isnan(sems).all() else torch.from_numpy(np.nan_to_num(sems))[:, None]
-        )  # unknown: nothing added
-        return Data(X, Y, known, matrix([row.vector for row in pending], X.shape[1]))
+            vectors, values, sems = _columns(c.execute(self._vectors("answered", queries.c.value, queries.c.sem)), 3)
+            (pending,) = _columns(c.execute(self._vectors("asked")), 1)
+        X = matrix(vectors)
+        Y = torch.tensor(values, dtype=torch.float64)[:, None]
+        spread = np.array(sems, dtype=np.float64)  # None becomes NaN; beside known ones it adds nothing
+        sem = (
+            None if np.isnan(spread).all() else torch.from_numpy(np.nan_to_num(spread))[:, None]
+        )  # unknown adds nothing
+        return Data(X, Y, sem, matrix(pending, X.shape[1]))
 
     def answers_since(self, round_: int) -> tuple[Tensor, Tensor]:
         """Features (n, d) and answers (n, 1), float64, of the answered queries of `round_` and later ones."""
-        query = self._vectors("answered", queries.c.value).where(queries.c.round >= round_)
+        return self.promises_since(round_)[:2]
+
+    def promises_since(self, round_: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What was promised of the answers of `round_` and later ones, and what came.
+
+        Returns:
+            Features (n, d), answers (n, 1), their known standard errors (n, 1) with 0 for unknown, and the acquisition
+            values they were drawn for (n,), NaN for plain samples; float64, in order of query numbers.
+        """
+        query = self._vectors("answered", queries.c.value, queries.c.sem, queries.c.acquired)
         with self.database.reading() as c:
-            rows = c.execute(query).all()
-        return matrix([r.vector for r in rows]), torch.tensor([r.value for r in rows], dtype=torch.float64)[:, None]
+            vectors, *numbers = _columns(c.execute(query.where(queries.c.round >= round_)), 4)
+        value, sem, acquired = (torch.from_numpy(np.array(column, dtype=np.float64)) for column in numbers)
+        return matrix(vectors), value[:, None], sem.nan_to_num()[:, None], acquired
 
     def _vectors(self, state: str, *columns: Any) -> Any:
         same = and_(features.c.run_id == queries.c.run_id, features.c.number == queries.c.number)
@@ -337,6 +347,12 @@ class Store:
     def close(self) -> None:
         """Release the database."""
         self.database.close()
+
+
+def _columns(rows: Iterable[Any], n: int) -> list[Sequence[Any]]:
+    """Rows of `n` values -> `n` columns."""
+    columns: list[Sequence[Any]] = list(zip(*rows, strict=True))
+    return columns or [()] * n
 
 
 def _key(number: int) -> int:

@@ -20,6 +20,7 @@ from tiltopt.online.optimizer import Optimizer
 from tiltopt.online.progress import Hook
 from tiltopt.online.seeds import generator
 from tiltopt.rewards.base import Answer, FunctionReward
+from tiltopt.surrogates.calibration import adjust
 
 
 class Ear(Hook):
@@ -227,15 +228,26 @@ def test_further_numbers_are_measured_into_the_summary(folder: Path) -> None:
         assert loop.run(opt, reward(), measure=fidelity).rounds[0]["fidelity"] == 0.5
 
 
-def test_adapting_follows_the_scores(folder: Path) -> None:
-    from tiltopt.surrogates.calibration import adjust
+def test_adapting_follows_every_score_so_far(folder: Path) -> None:
+    def worse_and_worse(image: Image.Image) -> float:
+        return truth(image) if len(seen) < 5 else -5.0 - 0.1 * len(seen)
+
+    seen: list[Image.Image] = []
+
+    def answer(image: Image.Image) -> float:
+        value = worse_and_worse(image)
+        seen.append(image)
+        return value
 
     with start(folder, acquisition={"beta": 0.5, "adapt": True}, rounds=3) as opt:
-        loop.run(opt, reward())
+        loop.run(opt, reward(answer))
         records = opt.store.rounds()
-    scores = [record.score for record in records if record.score is not None]
+    assert [(r.alpha, r.beta) for r in records[:2]] == [(None, None), (0.2, 0.5)]
+    assert (records[2].alpha, records[2].beta) == (pytest.approx(0.3), 0.25)
+    assert "over-optimisation" in records[2].notes[0]
+    alpha, beta = 0.2, 0.5
+    scores = [dict(r.score) for r in records if r.score is not None]
     assert len(scores) == 2
-    for record in records[1:]:
-        known = [r.score for r in records[: record.round + 1] if r.score is not None]
-        expected = tuple(adjust(0.2, 0.5, known))[:2] if known else (0.2, 0.5)
-        assert (record.alpha, record.beta) == expected
+    for i in range(2):
+        alpha, beta, _ = adjust(alpha, beta, scores[: i + 1], alpha_floor=0.2)
+    assert (records[3].alpha, records[3].beta) == (alpha, beta)
