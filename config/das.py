@@ -1,0 +1,13 @@
+"""Direct sampling of one reward, without a loop: aesthetic, clip, pick, multi, jpeg, demo.
+
+accelerate launch samplers/main.py --config config/das.py:demo
+accelerate launch samplers/main.py --config config/das.py:aesthetic --config.prior.path=<folder or hub id>
+"""
+
+from ml_collections import ConfigDict
+
+from tiltopt.online.direct_settings import direct_preset
+
+
+def get_config(name: str = "demo") -> ConfigDict:
+    return direct_preset(name)
