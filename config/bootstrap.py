@@ -14,7 +14,7 @@ from tiltopt.online.presets import preset
 def get_config(name: str = "demo") -> ConfigDict:
     config = preset(name)
     config.model.name = "ensemble"
-    config.model.num_members = 4
+    config.model.members = 4
     if config.acquisition.name != "mean":
         config.acquisition.name = "max_member"
     if name in ("aesthetic", "jpeg"):

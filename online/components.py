@@ -7,13 +7,17 @@ import difflib
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tiltopt import rewards, samplers
-from tiltopt.errors import ConfigError, TiltoptError
+from tiltopt.errors import ConfigError, SurrogateError, TiltoptError
 from tiltopt.online.prompts import load_prompts
+from tiltopt.online.seeds import generator
 from tiltopt.online.settings import Settings
 from tiltopt.online.tracking import check_tracker
 from tiltopt.samplers.demon import Demon
 from tiltopt.surrogates import NAMES as MODELS
+from tiltopt.surrogates import fit
 from tiltopt.surrogates.acquisition import NAMES as ACQUISITIONS
 
 SAMPLERS: dict[str, type] = {
@@ -85,6 +89,7 @@ def check(settings: Settings) -> None:
         )
     check_tracker(settings.tracker)
     _one_of("model.name", settings.model.name, MODELS)
+    _check_model_options(settings)
     _one_of("acquisition.name", settings.acquisition.name, ACQUISITIONS)
     _check_path("prior.path", settings.prior.path, "model_index.json", "a StableDiffusionPipeline folder")
     _check_path("features.path", settings.features.path, "config.json", "a CLIPModel folder")
@@ -99,6 +104,17 @@ def check(settings: Settings) -> None:
                 f"`surrogate`: expected the folder of a saved surrogate, such as checkpoints/<run>/round_004, got "
                 f"{settings.surrogate!r}, which holds no surrogate.json."
             )
+
+
+def _check_model_options(settings: Settings) -> None:
+    """A surrogate's options are known to its own fit; one on eight made-up answers finds a bad one."""
+    if not settings.model.options:
+        return
+    X = torch.randn(8, 3, generator=generator(0, "check"), dtype=torch.float64)
+    try:
+        fit(settings.model.name, X, X.sum(dim=1, keepdim=True), **settings.model.options)
+    except (SurrogateError, TypeError, ValueError) as error:
+        raise ConfigError(f"`model`: {error}") from error
 
 
 def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
