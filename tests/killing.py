@@ -208,15 +208,18 @@ def main(root: Path, boundaries: int, instants: int, seed: int) -> dict[str, Any
     seconds = time.monotonic() - started
     reference = digest(root / "reference")
     step = max(1, total // boundaries) if boundaries else 1
-    plans: list[list[dict[str, Any]]] = [[{"at": at}] for at in range(1, total + 1, step)]
-    places = len(plans)
-    for _ in range(instants):
-        plans.append([{"delay": rng.uniform(0, 1.2 * seconds)} for _ in range(rng.choice((1, 1, 2)))])
     hits, wrong = [0, 0], []
-    for i, plan in enumerate(plans):
-        hit, bad = trial(root / f"trial_{i:03d}", plan, reference)
-        hits[i >= places] += hit
+    for at in range(1, total + 1, step):
+        hit, bad = trial(root / f"boundary_{at:03d}", [{"at": at}], reference)
+        hits[0] += hit
         wrong += bad
+    for i in range(4 * instants):  # some come too late, after the end of the run
+        delays = [{"delay": rng.uniform(0, seconds)} for _ in range(rng.choice((1, 1, 2)))]
+        hit, bad = trial(root / f"instant_{i:03d}", delays, reference)
+        hits[1] += hit
+        wrong += bad
+        if hits[1] >= instants:
+            break
     return {
         "boundaries": total,
         "killed_at_boundaries": hits[0],

@@ -35,4 +35,4 @@ def test_killed_at_every_write_boundary_and_at_sixty_random_instants(memory: Pat
     assert report["queries"] == 7
     assert report["boundaries"] > 100
     assert report["killed_at_boundaries"] == report["boundaries"]
-    assert report["killed_at_instants"] >= 50
+    assert report["killed_at_instants"] >= 60
