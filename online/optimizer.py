@@ -138,7 +138,7 @@ class Optimizer:
         held: dict[str, Any] = {"store": None, "lock": None}
 
         def start() -> Settings:
-            if not read_only:
+            if not read_only and not runfolder.is_shared(folder):
                 held["lock"] = runfolder.lock(folder)
             try:
                 held["store"], settings = opening()
@@ -168,6 +168,8 @@ class Optimizer:
         held: list[Model | None] = [None]
 
         def prepare() -> Job:
+            if self._lock is None:  # a shared database takes answers from many, but rounds from one at a time
+                self._lock = runfolder.lock(self.folder)
             job, held[0] = asking.prepare(self.store, self.engine, self.settings, self.folder, n, tell)
             return job
 
@@ -221,6 +223,17 @@ class Optimizer:
     def pending(self) -> list[Query]:
         """Queries that are asked and have no answer yet, with their images."""
         return [self._query(row) for row in self.store.in_state("asked")]
+
+    def claim(self, worker: str, n: int, patience_s: float = 300.0) -> list[Query]:
+        """Take up to `n` outstanding queries for `worker`; no other worker is handed them meanwhile.
+
+        Those of a worker without a sign of life (`claim`, `heartbeat`) for `patience_s` seconds are handed out again.
+        """
+        return [self._query(row) for row in self.store.claim(worker, batch_size(n), patience_s)]
+
+    def heartbeat(self, worker: str) -> int:
+        """Sign of life of `worker`; returns how many queries it still holds."""
+        return self.store.heartbeat(worker)
 
     def _query(self, row: Any) -> Query:
         image = self.image(row.number)

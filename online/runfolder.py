@@ -79,6 +79,11 @@ def reopen(
     return store, wanted
 
 
+def is_shared(folder: Path) -> bool:
+    """Whether the run's queries are in a database that several processes may write at once."""
+    return (folder / "store.json").exists()
+
+
 def lock(folder: Path) -> files.WriterLock:
     """The right to write the run in `folder`, which is made where it is missing."""
     try:
@@ -118,7 +123,7 @@ def _written(folder: Path, stored: Settings) -> Settings:
 def _database(folder: Path, store_url: str | None, create: bool, read_only: bool) -> tuple[Database, str]:
     """The database of a run and the run's name in it."""
     link = folder / "store.json"
-    if not link.exists():
+    if not is_shared(folder):
         return Database(folder / "queries.sqlite", create=create, read_only=read_only), "run"
     known = json.loads(link.read_text(encoding="utf-8"))
     url = store_url or os.environ.get(URL_VARIABLE)

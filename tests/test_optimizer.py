@@ -373,6 +373,24 @@ def test_a_shared_database_keeps_runs_apart_and_passwords_out_of_files(
     assert "hunter2" not in hidden_password("postgresql+psycopg://me:hunter2@host/db")
 
 
+def test_workers_of_a_shared_database_answer_one_run_together(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/team.db"
+    with Optimizer.create(tmp_path / "run", CONFIG, engine=FakeEngine(), store_url=url) as asker:
+        asker.ask(5)
+        with (
+            Optimizer.open(tmp_path / "run", store_url=url) as ann,
+            Optimizer.open(tmp_path / "run", engine=FakeEngine(), store_url=url) as bob,
+        ):
+            for name, worker in (("ann", ann), ("bob", bob), ("ann", ann)):
+                for query in worker.claim(name, 2):
+                    worker.tell(query.id, truth(query.image))
+            assert (ann.claim("ann", 2), bob.heartbeat("bob")) == ([], 0)
+            with pytest.raises(StoreError, match="another process"):
+                bob.ask(1)
+        assert asker.store.counts()["answered"] == 5
+        assert asker.ask(2)[0].predicted is not None
+
+
 def test_a_read_only_folder_is_explained(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Optimizer.create(folder, CONFIG, engine=FakeEngine()).close()
 
