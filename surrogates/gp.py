@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from botorch.models import SingleTaskGP
-from botorch.models.deterministic import DeterministicModel
 from botorch.models.transforms.input import InputTransform
 from botorch.models.transforms.outcome import Standardize
 from botorch.optim.fit import fit_gpytorch_mll_scipy
@@ -24,7 +23,7 @@ from torch import Generator, Tensor, nn
 
 from tiltopt.errors import SurrogateError
 from tiltopt.surrogates.data import Data, device_only
-from tiltopt.surrogates.linear import GaussianPosterior
+from tiltopt.surrogates.linear import GaussianPosterior, SampledFunction
 
 EXACT_LIMIT = 8192  # answers beyond which an exact GP does not fit a laptop
 
@@ -113,11 +112,11 @@ class GPModel(SingleTaskGP):
             max_iterations: of L-BFGS-B.
 
         Raises:
-            SurrogateError: beyond 8192 answers; use `sparse=True` or another model there.
+            SurrogateError: beyond 8192 answers; `SparseGPModel` or `linear` go further.
         """
         if len(data) > EXACT_LIMIT:
             raise SurrogateError(
-                f"an exact GP takes at most {EXACT_LIMIT} answers, got {len(data)}; use sparse=True or `linear`."
+                f"an exact GP takes at most {EXACT_LIMIT} answers, got {len(data)}; lower `sparse_above`."
             )
         project = Project.learn(data.X, max_dim)
         part = data
@@ -132,7 +131,7 @@ class GPModel(SingleTaskGP):
             full = cls(data, project).to(data.X)
             _copy_hyperparameters(model, full)
             model = full
-        return model.eval()
+        return model.requires_grad_(False).eval()
 
     def _apply(self, fn: Callable[[Tensor], Tensor]) -> GPModel:
         """Moves between devices but stays in float64."""
@@ -160,12 +159,30 @@ class GPModel(SingleTaskGP):
         """Whether the error of each answer was given."""
         return isinstance(self.likelihood, FixedNoiseGaussianLikelihood)
 
-    def sample_function(self, generator: Generator, features: int = 2048) -> SampledGP:
-        """One draw of the whole function by Matheron's rule, a deterministic BoTorch model; for Thompson sampling.
+    def sample_function(self, generator: Generator, features: int = 2048) -> SampledFunction:
+        """One draw f of the whole function, a deterministic BoTorch model; for Thompson sampling.
 
-        Exact but for the Matern prior, which is drawn from `features` random Fourier features.
+            f(x) = g(x) + k(x, X) (K + V)^-1 (y - g(X) - e), g a draw of the prior, e one of the noise
+
+        Exact but for the Matern part of g, which is drawn from `features` random Fourier features.
+        Source: Matheron's rule; Wilson et al. 2020, arXiv 2002.09309, eq. 12.
         """
-        return SampledGP(self, generator, features)
+        with torch.no_grad():
+            z = self.input_transform.transform(self.data.X)
+            g = draw_prior(self.covar_module, z.shape[1], generator, features, like=z)
+            noise = self.likelihood.noise.reshape(-1).expand(len(z))
+            K = self.covar_module(z).to_dense() + torch.diag_embed(noise)
+            error = noise.sqrt() * torch.randn(len(z), generator=generator, dtype=z.dtype).to(z.device)
+            target = self.standardised(self.data.y) - self.mean_module(z) - g(z) - error
+            coefficients = torch.cholesky_solve(target[:, None], torch.linalg.cholesky(K))
+
+        def value(X: Tensor) -> Tensor:
+            new = self.input_transform.transform(X.to(z))
+            update = (self.covar_module(new, z).to_dense() @ coefficients).squeeze(-1)
+            transform = self.outcome_transform
+            return transform.means.squeeze() + transform.stdvs.squeeze() * (self.mean_module(new) + g(new) + update)
+
+        return SampledFunction(value)
 
     def settings(self) -> dict[str, Any]:
         """Nothing beside the tensors."""
@@ -191,7 +208,7 @@ class GPModel(SingleTaskGP):
         for part in ("covar_module", "mean_module", "likelihood"):
             if group(f"{part}."):
                 getattr(model, part).load_state_dict(group(f"{part}."))
-        return model.eval()
+        return model.requires_grad_(False).eval()
 
     def leave_one_out(self, data: Data) -> Tensor:
         """log p(y_i | all other answers) at the fitted hyper-parameters, (n,), nats, reward units; exact, no refit.
@@ -211,53 +228,25 @@ class GPModel(SingleTaskGP):
             return torch.distributions.Normal(0.0, variance.sqrt()).log_prob(z) - scale.log()
 
 
-class SampledGP(DeterministicModel):
-    """f(x) = g(x) + k(x, X) (K + V)^-1 (y - g(X) - e), with g a draw of the prior and e one of the noise.
+def draw_prior(
+    kernel: AdditiveKernel, dim: int, generator: Generator, features: int, like: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """One function from the zero-mean prior of `covariance`, z (..., k) -> (...): exact linear part, Fourier features.
 
-    Sources: Wilson et al. 2020, arXiv 2002.09309, eq. 12; Rahimi and Recht 2007 (the Matern-5/2 spectral density is a
-    multivariate Student t with 5 degrees of freedom).
+    Source: Rahimi and Recht 2007; the Matern-5/2 spectral density is a multivariate Student t with 5 degrees of
+    freedom.
     """
+    linear, matern = kernel.kernels
 
-    def __init__(self, model: GPModel, generator: Generator, features: int) -> None:
-        super().__init__()
-        self._num_outputs = 1
-        self.model = model
-        with torch.no_grad():
-            z = model.input_transform.transform(model.data.X)
-            linear, matern = model.covar_module.kernels
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=like.dtype).to(like.device)
 
-            def normal(*shape: int) -> Tensor:
-                return torch.randn(*shape, generator=generator, dtype=z.dtype).to(z.device)
-
-            radius = (normal(features, 5).square().mean(dim=1)).sqrt()
-            self.register_buffer(
-                "frequency", normal(features, z.shape[1]) / radius[:, None] / matern.base_kernel.lengthscale
-            )
-            self.register_buffer(
-                "phase", 2 * math.pi * torch.rand(features, generator=generator, dtype=z.dtype).to(z.device)
-            )
-            self.register_buffer("amplitude", normal(features) * (2 * matern.outputscale / features).sqrt())
-            self.register_buffer("slope", normal(z.shape[1]) * linear.variance.squeeze().sqrt())
-            noise = model.likelihood.noise.reshape(-1).expand(len(z))
-            K = model.covar_module(z).to_dense() + torch.diag_embed(noise)
-            target = model.standardised(model.data.y) - model.mean_module(z) - self._prior(z)
-            target = target - noise.sqrt() * normal(len(z))
-            self.register_buffer("coefficients", torch.cholesky_solve(target[:, None], torch.linalg.cholesky(K)))
-            self.register_buffer("z", z)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SampledGP:
-        return super()._apply(device_only(fn), recurse)
-
-    def _prior(self, z: Tensor) -> Tensor:
-        return torch.cos(z @ self.frequency.T + self.phase) @ self.amplitude + z @ self.slope
-
-    def forward(self, X: Tensor) -> Tensor:
-        """(b) x q x d -> (b) x q x 1, reward units."""
-        z = self.model.input_transform.transform(X.to(self.z))
-        update = (self.model.covar_module(z, self.z).to_dense() @ self.coefficients).squeeze(-1)
-        value = self.model.mean_module(z) + self._prior(z) + update
-        transform = self.model.outcome_transform
-        return (transform.means.squeeze() + transform.stdvs.squeeze() * value).unsqueeze(-1)
+    radius = normal(features, 5).square().mean(dim=1).sqrt()
+    frequency = normal(features, dim) / radius[:, None] / matern.base_kernel.lengthscale
+    phase = 2 * math.pi * torch.rand(features, generator=generator, dtype=like.dtype).to(like.device)
+    amplitude = normal(features) * (2 * matern.outputscale / features).sqrt()
+    slope = normal(dim) * linear.variance.squeeze().sqrt()
+    return lambda z: torch.cos(z @ frequency.T + phase) @ amplitude + z @ slope
 
 
 def covariance() -> Kernel:

@@ -21,10 +21,13 @@ from tiltopt.surrogates.ensemble import LinearEnsemble, MLPEnsemble
 from tiltopt.surrogates.gp import GPModel
 from tiltopt.surrogates.last_layer import LastLayerModel
 from tiltopt.surrogates.linear import LinearModel
+from tiltopt.surrogates.preference import PairwiseModel
+from tiltopt.surrogates.sparse_gp import SparseGPModel
 
 FORMAT = 1
 TENSORS, SETTINGS = "surrogate.safetensors", "surrogate.json"
-CLASSES: dict[str, Any] = {c.kind: c for c in (LinearModel, LastLayerModel, LinearEnsemble, MLPEnsemble, GPModel)}
+KNOWN = (LinearModel, LastLayerModel, LinearEnsemble, MLPEnsemble, GPModel, SparseGPModel, PairwiseModel)
+CLASSES: dict[str, Any] = {c.kind: c for c in KNOWN}
 
 
 def save(

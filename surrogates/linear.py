@@ -108,7 +108,7 @@ class LinearModel(Model):
             return (observation_noise.squeeze(-1) * self.y_scale**2).expand_as(like)
         return self.noise_variance.expand_as(like) if observation_noise else None
 
-    def sample_function(self, generator: Generator) -> SampledLinear:
+    def sample_function(self, generator: Generator) -> SampledFunction:
         """One exact draw of the whole function, as a deterministic BoTorch model; for Thompson sampling."""
         options = {"generator": generator, "dtype": self.weights.dtype}
         device = self.weights.device
@@ -117,7 +117,8 @@ class LinearModel(Model):
         level = torch.randn((), **options).to(device)
         w = self.weights + self.vectors @ (self.variances.sqrt() * along)
         w = w + self.rest.sqrt() * (other - self.vectors @ (self.vectors.mT @ other))
-        return SampledLinear(self, w, self.intercept + self.intercept_var.sqrt() * level)
+        c = self.intercept + self.intercept_var.sqrt() * level
+        return SampledFunction(lambda X: self.y_mean + self.y_scale * (c + self.basis(X) @ w))
 
     def leave_one_out(self, data: Data) -> Tensor:
         """log p(y_i | all other answers) at the fitted variances, (n,), nats, reward units; exact, no refit.
@@ -144,20 +145,14 @@ class LinearModel(Model):
         return cls(tensors)
 
 
-class SampledLinear(DeterministicModel):
-    """One draw of a `LinearModel`: f(x) = y_mean + y_scale (c + w'(h - centre))."""
+class SampledFunction(DeterministicModel):
+    """One draw of a posterior: a function of the features, as a BoTorch model without uncertainty."""
 
-    def __init__(self, model: LinearModel, weights: Tensor, intercept: Tensor) -> None:
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self._num_outputs = 1
-        self.model = model
-        self.register_buffer("weights", weights)
-        self.register_buffer("intercept", intercept)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SampledLinear:
-        return super()._apply(device_only(fn), recurse)
+        self.function = function
 
     def forward(self, X: Tensor) -> Tensor:
         """(b) x q x d -> (b) x q x 1, reward units."""
-        value = self.intercept + self.model.basis(X) @ self.weights
-        return (self.model.y_mean + self.model.y_scale * value).unsqueeze(-1)
+        return self.function(X).unsqueeze(-1)

@@ -48,7 +48,7 @@ class PairwiseModel(PairwiseGP):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             fit_gpytorch_mll_scipy(mll, options={"maxiter": max_iterations})
-        return model.eval()
+        return cls.restore({}, model.tensors())  # the same road as a loaded one, so that both agree to the bit
 
     def _apply(self, fn: Callable[[Tensor], Tensor]) -> PairwiseModel:
         """Moves between devices but stays in float64."""
@@ -57,6 +57,35 @@ class PairwiseModel(PairwiseGP):
     def posterior(self, X: Tensor, *args: Any, **kwargs: Any) -> Any:
         """See `botorch.models.PairwiseGP.posterior`; X (b) x q x d is cast to float64."""
         return super().posterior(X.to(self.answers[0]), *args, **kwargs)
+
+    def settings(self) -> dict[str, Any]:
+        """Nothing beside the tensors."""
+        return {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Items, comparisons, input map and hyper-parameters: what `restore` needs."""
+        out = {"data.X": self.answers[0], "data.comparisons": self.answers[1]}
+        out |= {f"project.{k}": v for k, v in self.input_transform.state_dict().items()}
+        return out | {f"covar_module.{k}": v for k, v in self.covar_module.state_dict().items()}
+
+    @classmethod
+    def restore(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> PairwiseModel:
+        """The model that `settings` and `tensors` came from."""
+
+        def group(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        data = group("data.")
+        model = cls(data["X"], data["comparisons"], Project(**group("project."))).to(data["X"])
+        model.covar_module.load_state_dict(group("covar_module."))
+        return model.settled()
+
+    def settled(self) -> PairwiseModel:
+        """Itself, with the mode of the utilities found afresh: it depends on data and hyper-parameters alone."""
+        self._x0 = None
+        self.train()
+        self._update(self.transform_inputs(self.datapoints))
+        return self.requires_grad_(False).eval()
 
     @property
     def noise_variance(self) -> Tensor:

@@ -15,6 +15,7 @@ from tiltopt.surrogates.ensemble import fit_ensemble
 from tiltopt.surrogates.gp import GPModel
 from tiltopt.surrogates.last_layer import LastLayerModel
 from tiltopt.surrogates.linear import LinearModel
+from tiltopt.surrogates.sparse_gp import SparseGPModel
 
 NAMES = ("linear", "last_layer", "ensemble", "gp", "auto")
 
@@ -39,7 +40,7 @@ def fit(
         X: (n, d), features; Y: (n, 1), answers, higher is better, reward units.
         sem: known standard error of the answers, reward units: None, one number, or (n, 1).
         generator: of everything random in the fit; by default one seeded with 0.
-        options: of the model; see `LinearModel.fit`, `LastLayerModel.fit`, `fit_ensemble`, `GPModel.fit`, `fit_auto`.
+        options: of the model; see `LinearModel.fit`, `LastLayerModel.fit`, `fit_ensemble`, `fit_gp`, `fit_auto`.
 
     Raises:
         SurrogateError: on an unknown name or option, or answers that nothing can be fitted to (see `data.check`).
@@ -61,6 +62,14 @@ def fit(
         ) from error
 
 
+def fit_gp(data: Data, *, generator: Generator, sparse_above: int = 4096, **options: Any) -> Model:
+    """An exact GP up to `sparse_above` answers, a sparse variational one beyond; `options` are those of their `fit`."""
+    if len(data) > sparse_above:
+        return SparseGPModel.fit(data, generator=generator, **options)
+    options.pop("inducing", None)
+    return GPModel.fit(data, generator=generator, **options)
+
+
 def _fit(name: str, data: Data, generator: Generator, options: dict[str, Any]) -> Model:
     if name == "linear":
         return LinearModel.fit(data, **options)
@@ -69,5 +78,5 @@ def _fit(name: str, data: Data, generator: Generator, options: dict[str, Any]) -
     if name == "ensemble":
         return fit_ensemble(data, generator=generator, **options)
     if name == "gp":
-        return GPModel.fit(data, generator=generator, **options)
+        return fit_gp(data, generator=generator, **options)
     return fit_auto(data, generator=generator, fit=_fit, **options)

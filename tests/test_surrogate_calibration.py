@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from tests.surrogate_contract import generator, linear_data
 from tiltopt.errors import SurrogateError
 from tiltopt.surrogates import fit
 from tiltopt.surrogates.calibration import Feasibility, adjust, score
+from tiltopt.surrogates.io import load, save
 from tiltopt.surrogates.preference import fit_multi, fit_pairwise
 
 
@@ -79,7 +81,7 @@ def test_feasibility_learns_where_answers_fail() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_comparisons_recover_the_order(seed: int) -> None:
+def test_comparisons_recover_the_order(seed: int, tmp_path: Path) -> None:
     g = generator(seed)
     X = torch.randn(60, 6, generator=g, dtype=torch.float64)
     utility = X[:, 0] + 0.7 * X[:, 1] - 0.3 * X[:, 2].square()
@@ -93,6 +95,10 @@ def test_comparisons_recover_the_order(seed: int) -> None:
     assert kendalltau(mean.detach(), utility).statistic >= 0.8
     (gradient,) = torch.autograd.grad(mean.sum(), x)
     assert (gradient.norm(dim=-1) > 0).all()
+    save(model, tmp_path, feature_id="raw-6", data_fingerprint="pairs")
+    again = load(tmp_path, feature_id="raw-6").posterior(X.unsqueeze(1))
+    assert torch.equal(again.mean, model.posterior(X.unsqueeze(1)).mean)
+    assert torch.equal(again.variance, model.posterior(X.unsqueeze(1)).variance)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,11 @@ class TestProjectedGP(SurrogateContract):
     options: ClassVar[dict[str, Any]] = {"max_dim": 5, "max_iterations": 30}
 
 
+class TestSparseGP(SurrogateContract):
+    name = "gp"
+    options: ClassVar[dict[str, Any]] = {"sparse_above": 1, "max_iterations": 30}
+
+
 def curved_data(n: int, d: int, noise: float, seed: int) -> tuple[Tensor, Tensor]:
     """A function no linear model can follow, |x_0| + x_1^2 - ..., unit variance before noise."""
     g = generator(seed)
@@ -203,8 +208,26 @@ def test_gp_on_many_answers_tunes_on_some_and_conditions_on_all() -> None:
     few = fit("gp", X[:60], Y[:60])
     error = [(predictive(m, X[300:])[0] - Y[300:, 0]).square().mean().sqrt().item() for m in (model, few)]
     assert error[0] < 0.8 * error[1]
+    data = torch.randn(8193, 2, generator=generator(0))
     with pytest.raises(SurrogateError, match="at most 8192"):
-        fit("gp", torch.randn(8193, 1, generator=generator(0)), torch.randn(8193, 1, generator=generator(1)))
+        fit("gp", data[:, :1], data[:, 1:], sparse_above=10**6)
+
+
+@pytest.mark.parametrize("sem", [None, 0.2])
+def test_sparse_gp_is_exact_when_every_answer_is_an_inducing_point(sem: float | None) -> None:
+    X, Y = curved_data(90, 4, 0.2, seed=6)
+    g = torch.randperm(60, generator=generator(1))  # the order in which the sparse model takes its answers
+    exact = fit("gp", X[g], Y[g], sem=sem)
+    sparse = fit("gp", X[:60], Y[:60], sem=sem, sparse_above=10, generator=generator(1))
+    a, b = exact.posterior(X[60:, None]), sparse.posterior(X[60:, None])
+    torch.testing.assert_close(b.mean, a.mean, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(b.variance, a.variance, rtol=1e-2, atol=1e-4)
+    coarse = fit("gp", X[:60], Y[:60], sem=sem, sparse_above=10, inducing=20, generator=generator(1))
+    assert (coarse.posterior(X[60:, None]).variance > 0.9 * a.variance).all()  # fewer points never know more
+    draws = torch.stack([sparse.sample_function(generator(s))(X[60:]).flatten() for s in range(400)])
+    sd = b.variance.flatten().sqrt()
+    assert ((draws.mean(0) - b.mean.flatten()).abs() < 4.5 * sd / 20).all()
+    assert ((draws.std(0) / sd - 1).abs() < 4.5 / math.sqrt(800) + 0.03).all()
 
 
 @pytest.mark.parametrize("name", ["gp", "ensemble", "last_layer"])
