@@ -3,9 +3,9 @@
     python benchmarks/demo_quality.py                          # about five minutes a seed on two CPU cores
     python benchmarks/demo_quality.py --runs checkpoints/a checkpoints/b   # judge finished runs
 
-For every seed: the mean answer of the last round must lie above the 95th percentile of plain samples of the prior on the
-same prompts, and above what best-of-N reaches with as many queries; the independent judge must recognise at least 0.8
-as many of its pictures as of the prior's; time and memory must stay within what README promises.
+For every seed: the mean answer of the last round must lie above the 95th percentile of plain samples of the prior on
+the same prompts, and above what best-of-N reaches with as many queries; the independent judge must recognise 0.8 times
+as many of its pictures as of the prior's, or more; time and memory must stay within what README promises.
 """
 
 from __future__ import annotations
