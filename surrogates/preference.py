@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from botorch.exceptions.warnings import InputDataWarning
 from botorch.models import ModelList, PairwiseGP
@@ -79,6 +80,12 @@ class PairwiseModel(PairwiseGP):
         model = cls(data["X"], data["comparisons"], Project(**group("project."))).to(data["X"])
         model.covar_module.load_state_dict(group("covar_module."))
         return model.settled()
+
+    def _update(self, datapoints: Tensor, **kwargs: Any) -> None:
+        """The mode of the utilities by Newton steps from zero; by default BoTorch starts from global random numbers."""
+        if self._x0 is None:
+            self._x0 = np.zeros(len(self.datapoints))
+        super()._update(datapoints, **kwargs)
 
     def settled(self) -> PairwiseModel:
         """Itself, with the mode of the utilities found afresh: it depends on data and hyper-parameters alone."""
