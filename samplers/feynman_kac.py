@@ -48,6 +48,9 @@ class TwistOptions:
         nan: what a NaN or +inf potential does: `raise`, or `kill` the particle (G = 0 on its whole path).
         guidance_decoder: events -> designs, used before the last step only; None: the prior's own.
         x0_factor: (k, K) -> factor from the gradient at x0_hat to the gradient at x_k; used by gradient="x0".
+        max_shift: soft bound on |s_k grad psi_k|, the shift of a proposal in standard deviations of its noise:
+            shift / sqrt(1 + |shift|^2 / max_shift^2). Beyond about one, psi is no longer linear over the kernel, and
+            the drift overshoots. None: no bound.
         weighted: False drops every weight (guidance); the result is then biased.
     """
 
@@ -58,6 +61,7 @@ class TwistOptions:
     nan: Literal["raise", "kill"] = "raise"
     guidance_decoder: Callable[[Tensor], Tensor] | None = None
     x0_factor: Callable[[int, int], float] | None = None
+    max_shift: float | None = None
     weighted: bool = True
 
     def __post_init__(self) -> None:
@@ -69,6 +73,8 @@ class TwistOptions:
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ConfigError(f"`{name}` must be one of {', '.join(values)}, got {getattr(self, name)!r}.")
+        if self.max_shift is not None and not self.max_shift > 0:
+            raise ConfigError(f"`max_shift` must be positive or None, got {self.max_shift}.")
         for name in ("gradient_every", "potential_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
@@ -159,12 +165,19 @@ class Twisted:
         if std > 0:
             size = parents.mean.shape[1:]
             z = torch.stack([torch.randn(size, generator=g, dtype=x.dtype) for g in generators]).to(x.device)
-            shift = std * parents.drift
+            shift = self._bounded(std * parents.drift)
             x = parents.mean + std * (shift + z)
             if self._options.gradient != "none":
                 # log p - log q of the same x: -|z + shift|^2 / 2 + |z|^2 / 2
                 ratio = -(shift * (z + 0.5 * shift)).double().flatten(2).sum(-1).cpu()
         return self._step(k, x, parents, log_w, ratio, before.temperature)
+
+    def _bounded(self, shift: Tensor) -> Tensor:
+        if self._options.max_shift is None:
+            return shift
+        norm = torch.linalg.vector_norm(shift.flatten(2), dim=-1)
+        factor = (1.0 + (norm / self._options.max_shift) ** 2).rsqrt()
+        return shift * factor.view(*self._shape, *(1,) * (shift.ndim - 2))
 
     def _plan(self, k: int) -> tuple[bool, bool]:
         """Whether the look at step k < K needs the potential, and its gradient."""
