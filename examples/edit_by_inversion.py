@@ -1,0 +1,17 @@
+"""A cat becomes a dog: the ODE backwards under one prompt, forwards under another."""
+
+import torch
+
+from tiltopt.online.diffusion_engine import to_images
+from tiltopt.samplers import ode
+from tiltopt.samplers.diffusers_prior import load_prior
+
+prior = load_prior("embedded", num_steps=25, guidance_scale=3.0)
+cat, dog = prior.encode(["a cat"]), prior.encode(["a dog"])
+generators = [torch.Generator().manual_seed(0)]
+before = ode.odeint(prior, ode.noise(prior, generators), cat, steps=20)
+after = ode.edit(prior, before, cat, dog, generators, strength=0.9, steps=30)
+mixed = ode.compose(prior, [("a cat", 2.0), ("a plain red background", 1.5)])
+red = ode.edit(prior, before, cat, mixed, generators, strength=0.9, steps=30)
+for name, x in {"before": before, "dog": after, "red": red}.items():
+    to_images(ode.latent_to_image(prior, x))[0].save(f"edit_{name}.png")
