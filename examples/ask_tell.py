@@ -36,7 +36,7 @@ def main(folder: str) -> None:
     with tiltopt.Optimizer.open(folder) if exists else tiltopt.Optimizer.create(folder, CONFIG) as opt:
         for query in opt.pending():  # asked before the last stop, never answered
             opt.tell(query.id, my_lab(query.image))
-        for size in (16, 8, 8):
+        for size in (16, 4, 4):
             queries = opt.ask(size)
             for query in queries:
                 opt.tell(query.id, my_lab(query.image))
@@ -45,9 +45,7 @@ def main(folder: str) -> None:
             promise = "" if np.isnan(predicted) else f", predicted {predicted:.1f}"
             print(f"round {queries[0].round}: mean {answers['value'].mean():.1f}{promise}")
         best = opt.queries().sort_values("value").iloc[-1]
-        print(
-            f"best: query {best['id']}, {best['prompt']!r}, {best['value']:.1f}: {folder}/images/{best['id']:06d}.png"
-        )
+        print(f"best: {best['prompt']!r}, {best['value']:.1f}: {folder}/images/{best['id']:06d}.png")
 
 
 if __name__ == "__main__":

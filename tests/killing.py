@@ -29,7 +29,7 @@ from tiltopt.online.database import Database
 from tiltopt.online.optimizer import Optimizer
 
 CONFIG = {
-    "seed": 5, "rounds": 2, "batch_size": 2, "initial_batch_size": 3, "answer_noise": 0.1, "sampler": {"alpha": 0.2},
+    "seed": 5, "rounds": 2, "batch_size": 1, "initial_batch_size": 3, "answer_noise": 0.1, "sampler": {"alpha": 0.2},
 }  # fmt: skip
 
 

@@ -32,7 +32,7 @@ def memory(tmp_path: Path) -> Path:
 def test_killed_at_every_write_boundary_and_at_sixty_random_instants(memory: Path) -> None:
     report = kill(memory, 0, 60)
     assert report["wrong"] == []
-    assert report["queries"] == 7
+    assert report["queries"] == 5
     assert report["boundaries"] > 100
     assert report["killed_at_boundaries"] == report["boundaries"]
     assert report["killed_at_instants"] >= 60
