@@ -9,7 +9,6 @@ from typing import Literal
 from torch import Generator, Tensor
 
 from tiltopt.errors import ConfigError
-from tiltopt.samplers.feynman_kac import Gradient, TwistOptions
 from tiltopt.samplers.pilot import Pilot, PilotCache
 from tiltopt.samplers.prior import Prior
 from tiltopt.samplers.run_twisted import check_settings, sample_twisted
@@ -24,6 +23,7 @@ from tiltopt.samplers.tempering import (
     polynomial,
     tabulate,
 )
+from tiltopt.samplers.twist_options import Gradient, TwistOptions
 from tiltopt.types import Conditioning, Potential
 
 

@@ -8,11 +8,11 @@ from typing import Literal
 
 from torch import Generator
 
-from tiltopt.samplers.feynman_kac import TwistOptions
 from tiltopt.samplers.prior import Prior
 from tiltopt.samplers.run_twisted import check_settings, sample_twisted
 from tiltopt.samplers.smc import Samples, Select, StepInfo
 from tiltopt.samplers.tempering import ScheduleFn, tabulate
+from tiltopt.samplers.twist_options import TwistOptions
 from tiltopt.types import Conditioning, Potential
 
 

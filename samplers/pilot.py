@@ -9,12 +9,13 @@ import torch
 from torch import Generator, Tensor
 
 from tiltopt.errors import ConfigError, PotentialError
-from tiltopt.samplers.feynman_kac import Twisted, TwistOptions
+from tiltopt.samplers.feynman_kac import Twisted
 from tiltopt.samplers.micro_batch import MicroBatches, Rows
 from tiltopt.samplers.potentials import check_potential, gradient_of
 from tiltopt.samplers.prior import Prior
 from tiltopt.samplers.smc import StepInfo, check_call, run_smc
 from tiltopt.samplers.tempering import Calibration, calibrate
+from tiltopt.samplers.twist_options import TwistOptions
 from tiltopt.types import Conditioning, Potential
 
 MIN_CHAINS_TO_CENTRE = 4

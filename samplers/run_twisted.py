@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from torch import Generator
 
 from tiltopt.errors import ConfigError
-from tiltopt.samplers.feynman_kac import Twisted, TwistOptions
+from tiltopt.samplers.feynman_kac import Twisted
 from tiltopt.samplers.prior import Prior
 from tiltopt.samplers.resampling import check_scheme
 from tiltopt.samplers.smc import Samples, StepInfo, check_call, run_smc
 from tiltopt.samplers.tempering import Adaptive, Schedule
+from tiltopt.samplers.twist_options import TwistOptions
 from tiltopt.samplers.weights import log_mean_exp
 from tiltopt.types import Conditioning, Potential
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -40,13 +41,14 @@ def test_select_gathers_every_field() -> None:
 
 
 TUG = Quadratic(2.0 * torch.eye(2), torch.zeros(2))  # pulls every mode of the grid but one a long way
-ALWAYS = {"ess_threshold": 1.0, "resampling": "multinomial"}
+ALWAYS: dict[str, Any] = {"ess_threshold": 1.0, "resampling": "multinomial"}
+UNBOUND: dict[str, Any] = {"max_shift": None, **ALWAYS}
 LEFT_BEHIND = [
-    ("mean", DAS(tempering="exp", **ALWAYS)),
-    ("drift", DAS(tempering="exp", **ALWAYS)),
-    ("log_psi", DAS(tempering="exp", **ALWAYS)),
-    ("grad", DAS(tempering="exp", gradient_every=4, **ALWAYS)),
-    ("log_g", DAS(tempering="exp", gradient_every=4, potential_every=4, **ALWAYS)),
+    ("mean", DAS(tempering="exp", **UNBOUND)),
+    ("drift", DAS(tempering="exp", **UNBOUND)),
+    ("log_psi", DAS(tempering="exp", **UNBOUND)),
+    ("grad", DAS(tempering="exp", gradient_every=4, **UNBOUND)),
+    ("log_g", DAS(tempering="exp", gradient_every=4, potential_every=4, **UNBOUND)),
     ("memory", FKSteering("sum", potential_every=2, tempering=lambda k, n: 0.1 * k / n, **ALWAYS)),
 ]
 

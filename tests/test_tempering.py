@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -50,7 +51,7 @@ def test_last_temperature_is_one(tempering: object) -> None:
     assert (values[-1] == 1).all()
     assert all(((v >= 0) & (v <= 1)).all() for v in values)
     if isinstance(tempering, str):
-        assert all((a <= b + 1e-9).all() for a, b in zip(values, values[1:], strict=False))
+        assert all((a <= b + 1e-9).all() for a, b in itertools.pairwise(values))
 
 
 def test_bisection_hits_the_target_for_every_prompt() -> None:
