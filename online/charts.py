@@ -90,7 +90,7 @@ def reward_curve(
     levels = [prior.get(key) for key in ("mean", "p95") if prior.get(key) is not None]
     bands = _bands(data)
     heights = [*seen["value"], *levels, *(edge for band in bands for edge in band[3:])]
-    frame = Frame(width, height, (0.0, max(1.0, float(len(data)))), _padded(heights))
+    frame = Frame(width, height, (0.0, max(1, len(data)) + 0.5), _padded(heights))
     body = _axes(frame, "queries asked", unit or "reward")
     body += _round_marks(frame, data)
     for key, name in (("mean", "prior mean"), ("p95", "prior 95 %")):
@@ -107,7 +107,7 @@ def reward_curve(
             f'<line class="predicted" x1="{x0}" x2="{x1}" y1="{frame.y(mean)}" y2="{frame.y(mean)}"/>'
         )
     body += _dots(frame, seen)
-    body += _best_so_far(frame, seen, len(data))
+    body += _best_so_far(frame, seen, frame.x_range[1])
     body += _round_means(frame, seen)
     return _svg(width, height, "Rewards over the number of queries asked", body)
 
@@ -203,7 +203,7 @@ def _dots(frame: Frame, seen: pd.DataFrame) -> list[str]:
     ]
 
 
-def _best_so_far(frame: Frame, seen: pd.DataFrame, total: int) -> list[str]:
+def _best_so_far(frame: Frame, seen: pd.DataFrame, end: float) -> list[str]:
     if seen.empty:
         return []
     best = seen["value"].astype(float).cummax()
@@ -212,7 +212,7 @@ def _best_so_far(frame: Frame, seen: pd.DataFrame, total: int) -> list[str]:
     path = f"M{frame.x(start['place'])} {frame.y(start['value'])}"
     for place, value in zip(steps["place"].iloc[1:], steps["value"].iloc[1:], strict=True):
         path += f"H{frame.x(place)}V{frame.y(value)}"
-    return [f'<path class="best" d="{path}H{frame.x(total)}"/>']
+    return [f'<path class="best" d="{path}H{frame.x(end)}"/>']
 
 
 def _round_means(frame: Frame, seen: pd.DataFrame) -> list[str]:

@@ -27,7 +27,7 @@ Z90 = float(stats.norm.ppf(0.5 + COVERAGE / 2))
 PACKAGES = ("tiltopt", "torch", "diffusers", "transformers", "accelerate", "botorch", "gpytorch", "numpy", "pillow")
 
 
-def prior_statistics(values: Sequence[float], fidelity: float | None = None) -> dict[str, float | None]:
+def prior_statistics(values: Iterable[float], fidelity: float | None = None) -> dict[str, float | None]:
     """Mean, standard deviation (n - 1), 95th percentile (linear interpolation) of plain samples' rewards.
 
     Args:
@@ -43,7 +43,7 @@ def prior_statistics(values: Sequence[float], fidelity: float | None = None) -> 
     }
 
 
-def best_of_n(values: Sequence[float], n: int, k: int) -> float | None:
+def best_of_n(values: Iterable[float], n: int, k: int) -> float | None:
     r"""Expected mean of the k best among n plain samples, estimated from M scored ones; exact, no resampling.
 
     With x_1 >= ... >= x_M sorted, S_i(j) = P(at least i of the n drawn are among x_1 ... x_j) and
