@@ -19,12 +19,13 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from tiltopt.errors import ConfigError, PotentialError
+from tiltopt.errors import ConfigError, PotentialError, PriorError
 from tiltopt.samplers.demon_walks import ChainWalk, HeunWalk, Walk
 from tiltopt.samplers.diffusers_prior import DiffusersPrior
 from tiltopt.samplers.micro_batch import MicroBatches
 from tiltopt.samplers.prior import Prior
 from tiltopt.samplers.smc import Samples, StepInfo, check_call
+from tiltopt.samplers.weights import log_mean_exp
 from tiltopt.types import Conditioning, Potential
 
 Combine = Literal["tanh", "boltzmann", "optimal"]
@@ -80,11 +81,12 @@ class Demon:
     costs P * (1 + K * (1 network call for the step + those of the estimate)) rows per prompt, and P * K rewards.
 
     Biased: chains are pushed as far as the noise allows, whatever the size of log G, and nothing corrects for it.
-    `log_w` is therefore uniform (-log P), and `log_z` is NaN: there is no estimate of it.
+    `log_w` is therefore uniform (-log P), and `log_z` is the log mean of G over the finished designs, which lies above
+    log E_prior[G] where Demon raises G (with K = 1 and the prior's own kernels exp(log_z) is unbiased).
 
     Args:
         combine: `tanh` (published default), `boltzmann`, `optimal`; see `demon_weights`.
-        num_noises: K >= 1; K = 1 is plain sampling of the prior, without a single reward.
+        num_noises: K >= 1; K = 1 is plain sampling of the prior, which asks for no reward on the way.
         tau: in nats; None adapts to the standard deviation of each chain's current rewards.
         estimate: of the clean design, from a candidate: `consistency` is one network evaluation without guidance,
             `baseline` an ODE of about `baseline_steps` steps at sigma_max, fewer further down (DiffusersPrior only).
@@ -155,6 +157,7 @@ class Demon:
         for k in range(walk.num_steps):
             _tell(callback, k, mean, num_particles)
             first = _map(chains, lambda c, y, k=k: walk.first(k, y, c), x)
+            _check_prior(first, k, walk.num_steps, cond, num_particles)
             z = None
             if walk.noisy(k):
                 z = self._noises(x, num_particles, generators)
@@ -170,9 +173,11 @@ class Demon:
         _tell(callback, walk.num_steps, mean, num_particles)
         x0 = _map(chains, lambda c, y: walk.finish(y, c), x)
         designs = _map(chains, lambda c, y: prior.decode(y), x0)
+        log_g = _map(chains, lambda c, d: self._rewards(potential, d, c, walk.num_steps), designs).double().cpu()
         shape = (len(cond), num_particles)
-        log_w = torch.full(shape, -math.log(num_particles), dtype=torch.float64)
-        log_z = torch.full(shape[:1], math.nan, dtype=torch.float64)
+        log_w = torch.full(shape, -math.log(num_particles), device=x0.device, dtype=x0.dtype)
+        killed = torch.where(torch.isfinite(log_g), log_g, -math.inf).view(shape)
+        log_z = log_mean_exp(killed).to(x0.device, x0.dtype)
         return Samples(x0.unflatten(0, shape), designs.unflatten(0, shape), log_w, log_z)
 
     def _walk(self, prior: Prior) -> Walk:
@@ -194,6 +199,21 @@ class Demon:
             x.device
         )
 
+    def _rewards(self, potential: Potential, designs: Tensor, cond: Conditioning, k: int) -> Tensor:
+        """The potential of n designs, (n,), checked."""
+        values = torch.as_tensor(potential(designs, cond)).detach()
+        if values.shape != (len(designs),):
+            raise PotentialError(
+                f"The potential must return one value per design, shape ({len(designs)},), got {tuple(values.shape)}."
+            )
+        bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
+        if bad and self.nan == "raise":
+            raise PotentialError(
+                f"The potential must be finite, got {float(values[bad[0]])} at step {k} for prompt "
+                f"{cond.prompts[bad[0]]!r}; mend the reward, or pass nan='kill' to ignore such candidates."
+            )
+        return values
+
     def _score(
         self, prior: Prior, potential: Potential, walk: Walk, k: int, batches: MicroBatches,
         x: Tensor, first: Tensor, z: Tensor,
@@ -202,9 +222,7 @@ class Demon:
 
         def look(start: int, cond: Conditioning, y: Tensor, f: Tensor, noise: Tensor) -> tuple[Tensor]:
             designs = prior.decode(walk.clean(k + 1, walk.move(k, y, f, noise, cond), cond))
-            values = torch.as_tensor(potential(designs, cond)).detach()
-            _check(values, len(designs), k, cond, self.nan)
-            return (values,)
+            return (self._rewards(potential, designs, cond, k),)
 
         spread = [t.repeat_interleave(self.num_noises, dim=0) for t in (x, first)]
         (values,) = batches.map(look, *spread, z.flatten(0, 1))
@@ -219,14 +237,14 @@ def _map(batches: MicroBatches, fn: Callable[..., Tensor], *inputs: Tensor) -> T
     return out
 
 
-def _check(values: Tensor, n: int, k: int, cond: Conditioning, nan: str) -> None:
-    if values.shape != (n,):
-        raise PotentialError(f"the potential must return one number per design, ({n},), got {tuple(values.shape)}.")
-    bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
-    if bad and nan == "raise":
-        raise PotentialError(
-            f"the potential must be finite, got {float(values[bad[0]])} at step {k} for prompt "
-            f"{cond.prompts[bad[0]]!r}; mend the reward, or pass nan='kill' to ignore such candidates."
+def _check_prior(first: Tensor, k: int, num_steps: int, cond: Conditioning, num_particles: int) -> None:
+    """PriorError where the network's answer is not finite."""
+    bad = (~torch.isfinite(first).flatten(1).all(1)).nonzero().flatten().tolist()
+    if bad:
+        b, p = divmod(bad[0], num_particles)
+        raise PriorError(
+            f"The prior must return finite values, got others at step {k} of {num_steps}, prompt {b} "
+            f"({cond.prompts[b]!r}), particle {p}. Half precision can overflow: try a wider dtype."
         )
 
 

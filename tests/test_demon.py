@@ -12,13 +12,28 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
+from tests.contracts import COV, MEAN, SamplerContract
 from tests.test_diffusers_prior import gaussian_prior
 from tiltopt.errors import ConfigError, PotentialError
 from tiltopt.samplers import ode
+from tiltopt.samplers.analytic import LinearGaussianPrior
 from tiltopt.samplers.demon import Demon, combine_noises, demon_weights
 from tiltopt.samplers.diffusers_prior import load_prior
 from tiltopt.samplers.prior import Reverse
 from tiltopt.types import Conditioning
+
+
+class TestContract(SamplerContract):
+    exact = False
+    guided = False
+
+    def make(self) -> Demon:
+        return Demon(num_noises=3)
+
+    def test_deterministic_chain(self) -> None:
+        prior = LinearGaussianPrior(MEAN, COV, num_steps=6, eta=0.0)
+        with pytest.raises(ConfigError, match="eta"):
+            self.make().sample(prior, first_coordinate, prior.encode(["a"]), num_particles=3, generators=gens([0]))
 
 
 def gens(seeds: Sequence[int]) -> list[Generator]:
@@ -109,7 +124,7 @@ def test_many_noises_find_the_gradient_of_a_linear_reward() -> None:
 # ---------------------------------------------------------------- what it reduces to
 
 
-def test_one_noise_is_plain_sampling_and_asks_for_no_reward() -> None:
+def test_one_noise_is_plain_sampling_and_asks_for_no_reward_on_the_way() -> None:
     prior = Flat()
     calls: list[int] = []
 
@@ -120,7 +135,7 @@ def test_one_noise_is_plain_sampling_and_asks_for_no_reward() -> None:
     out = Demon(num_noises=1).sample(
         prior, potential, prior.encode(["a", "b"]), num_particles=3, generators=gens([0, 1])
     )
-    assert not calls
+    assert calls == [6]
     for b, g in enumerate(gens([0, 1])):
         x = prior.initial(3, g)
         for k in range(prior.num_steps):
@@ -132,7 +147,7 @@ def test_one_noise_with_heun_is_sdeint() -> None:
     prior = gaussian_prior(0.7, 0.4, 10, 1.0)
     cond = prior.encode(["a cat", "a dog"])
     out = Demon(num_noises=1, steps=8, ode_after=0.0, beta=0.2).sample(
-        prior, first_coordinate, cond, num_particles=1, generators=gens([0, 1])
+        prior, lambda d, c: d.mean((1, 2, 3)), cond, num_particles=1, generators=gens([0, 1])
     )
     generators = gens([0, 1])
     x = ode.sdeint(prior, ode.noise(prior, generators), cond, generators, steps=8, beta=0.2)
@@ -187,14 +202,24 @@ def test_heun_raises_the_reward_with_either_estimate(estimate: str) -> None:
     assert float(gain.mean()) > 4 / math.sqrt(64 * 16)
 
 
-def test_weights_are_uniform_and_log_z_unknown() -> None:
+def test_weights_are_uniform_and_log_z_is_biased_upwards() -> None:
+    """log Z of exp(x_1) under N(0, I) is 1/2; Demon's number is the log mean of G over its own designs."""
     prior = Flat()
-    out = Demon(num_noises=2).sample(
-        prior, first_coordinate, prior.encode(["a"]), num_particles=5, generators=gens([0])
+    out = Demon(num_noises=8).sample(
+        prior, first_coordinate, prior.encode(["a"]), num_particles=100, generators=gens([0])
     )
-    torch.testing.assert_close(out.log_w, torch.full((1, 5), -math.log(5), dtype=torch.float64))
-    assert bool(out.log_z.isnan().all())
-    assert out.x0.shape == out.designs.shape == (1, 5, 4)
+    torch.testing.assert_close(out.log_w, torch.full((1, 100), -math.log(100), dtype=torch.float64))
+    torch.testing.assert_close(out.log_z, out.designs[..., 0].exp().mean(-1).log())
+    assert float(out.log_z) > 0.5 + 0.5
+
+
+def test_one_noise_estimates_log_z_without_bias() -> None:
+    prior, n = Flat(), 20_000
+    out = Demon(num_noises=1).sample(
+        prior, first_coordinate, prior.encode(["a"]), num_particles=n, generators=gens([0])
+    )
+    error = math.sqrt((math.exp(2) - math.exp(1)) / n)  # of the mean of exp(N(0, 1))
+    assert abs(float(out.log_z.exp()) - math.exp(0.5)) < 4 * error
 
 
 # ---------------------------------------------------------------- batches, generators, callbacks
@@ -301,7 +326,7 @@ def test_bad_calls_are_refused() -> None:
         run(Demon(), first_coordinate, generators=[])
     with pytest.raises(PotentialError, match="step 0 for prompt 'a'"):
         run(Demon(), lambda d, c: torch.full((len(d),), math.nan))
-    with pytest.raises(PotentialError, match="one number per design"):
+    with pytest.raises(PotentialError, match="one value per design"):
         run(Demon(), lambda d, c: d)
     with pytest.raises(ConfigError, match="DiffusersPrior"):
         run(Demon(integrator="heun"), first_coordinate)

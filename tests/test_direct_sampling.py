@@ -78,8 +78,7 @@ def test_a_reward_without_gradient_runs_through_gradient_free_samplers(
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["reward"] == "jpeg_compressibility"
     assert -2.0 < summary["mean"] < 0.0  # kilobytes of a 16-pixel picture
-    if sampler == "demon":
-        assert lines(tmp_path / "results.jsonl")[0]["log_z"] is None
+    assert all(math.isfinite(row["log_z"]) for row in lines(tmp_path / "results.jsonl"))
 
 
 def test_two_shares_together_equal_one_process(pipeline: Path, tmp_path: Path) -> None:
