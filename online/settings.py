@@ -44,7 +44,7 @@ class FeatureSettings:
     """What the surrogate sees of an image: a CLIP image tower, by folder or hub id."""
 
     path: str = "embedded"
-    kind: Literal["patch_mean", "projection", "both"] = "patch_mean"
+    kind: Literal["patch_stats", "patch_mean", "projection", "both"] = "patch_stats"
     prompt_features: bool = False  # append the prompt's text embedding, so that one surrogate tells prompts apart
 
 

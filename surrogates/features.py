@@ -13,7 +13,7 @@ from torch import Tensor
 from tiltopt.errors import PotentialError, SurrogateError
 from tiltopt.vision import CLIPVision
 
-KINDS = ("patch_mean", "projection", "both")
+KINDS = ("patch_stats", "patch_mean", "projection", "both")
 
 
 @runtime_checkable
@@ -35,23 +35,29 @@ class FeatureMap(Protocol):
 class CLIPFeatures:
     """Features of images by a CLIP image tower, optionally beside those of their prompts by its text tower.
 
-    "patch_mean" is the mean of the last hidden patch states: it keeps texture, layout and colour. "projection" is the
+    "patch_stats" is the mean and the standard deviation of the last hidden patch states over the picture: what there is,
+    and how much it varies from place to place. "patch_mean" is the mean alone: it keeps texture, layout and colour. "projection" is the
     embedding that CLIP compares with text, unit norm: it keeps what the picture is of. "both" concatenates them.
     Prompt features are the unit-norm text embedding; they let one surrogate serve prompts of different mean reward.
 
     Args:
         tower: the CLIP model.
-        kind: "patch_mean", "projection" or "both".
+        kind: "patch_stats", "patch_mean", "projection" or "both" (patch_mean and projection).
         prompt_features: whether to append the prompt's embedding.
     """
 
-    def __init__(self, tower: CLIPVision, kind: str = "patch_mean", prompt_features: bool = False) -> None:
+    def __init__(self, tower: CLIPVision, kind: str = "patch_stats", prompt_features: bool = False) -> None:
         if kind not in KINDS:
             raise SurrogateError(f"`kind` of features must be one of {', '.join(KINDS)}, got {kind!r}.")
         self.tower, self.kind, self.prompt_features = tower, kind, prompt_features
         self.id = f"{tower.id}/{kind}" + ("+prompt" if prompt_features else "")
-        image_dim = {"patch_mean": tower.hidden_dim, "projection": tower.projection_dim}
-        self.dim = image_dim.get(kind, sum(image_dim.values())) + (tower.projection_dim if prompt_features else 0)
+        image_dim = {
+            "patch_stats": 2 * tower.hidden_dim,
+            "patch_mean": tower.hidden_dim,
+            "projection": tower.projection_dim,
+            "both": tower.hidden_dim + tower.projection_dim,
+        }
+        self.dim = image_dim[kind] + (tower.projection_dim if prompt_features else 0)
         self._text = cache(lambda prompt: torch.nn.functional.normalize(tower.text([prompt])[0], dim=-1))
 
     def __call__(self, designs: Tensor, prompts: Sequence[str] | None = None) -> Tensor:
@@ -62,8 +68,10 @@ class CLIPFeatures:
         """
         out = self.tower(designs)
         parts = []
-        if self.kind in ("patch_mean", "both"):
+        if self.kind in ("patch_stats", "patch_mean", "both"):
             parts.append(out.patch_mean)
+        if self.kind == "patch_stats":
+            parts.append(out.patch_std)
         if self.kind in ("projection", "both"):
             parts.append(torch.nn.functional.normalize(out.projection, dim=-1))
         if self.prompt_features:
@@ -99,7 +107,7 @@ class RawFeatures:
 
 def make_features(
     path: str | Path = "embedded",
-    kind: str = "patch_mean",
+    kind: str = "patch_stats",
     prompt_features: bool = False,
     device: str | torch.device = "cpu",
 ) -> CLIPFeatures:

@@ -7,14 +7,14 @@ import torch
 
 from tests.test_vision import folder, tower  # noqa: F401  fixtures: a tiny CLIP folder and its tower
 from tiltopt.errors import ConfigError, PotentialError, SurrogateError
-from tiltopt.surrogates.features import CLIPFeatures, FeatureMap, RawFeatures, make_features
+from tiltopt.surrogates.features import KINDS, CLIPFeatures, FeatureMap, RawFeatures, make_features
 
 
 def images(n: int) -> torch.Tensor:
     return torch.rand(n, 3, 40, 40, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("kind", ["patch_mean", "projection", "both"])
+@pytest.mark.parametrize("kind", ["patch_stats", "patch_mean", "projection", "both"])
 @pytest.mark.parametrize("prompted", [False, True])
 def test_features_are_those_of_the_tower(folder, tower, kind: str, prompted: bool) -> None:  # noqa: F811
     features = make_features(folder, kind, prompted)
@@ -26,7 +26,13 @@ def test_features_are_those_of_the_tower(folder, tower, kind: str, prompted: boo
     assert (gradient.flatten(1).norm(dim=1) > 0).all()
     reference = tower(images(3))
     unit = reference.projection / reference.projection.norm(dim=1, keepdim=True)
-    want = {"patch_mean": [reference.patch_mean], "projection": [unit], "both": [reference.patch_mean, unit]}[kind]
+    stats = [reference.patch_mean, reference.patch_std]
+    want = {
+        "patch_stats": stats,
+        "patch_mean": [reference.patch_mean],
+        "projection": [unit],
+        "both": [reference.patch_mean, unit],
+    }[kind]
     if prompted:
         text = tower.text(["a cat", "a dog"])
         text = text / text.norm(dim=1, keepdim=True)
@@ -35,8 +41,8 @@ def test_features_are_those_of_the_tower(folder, tower, kind: str, prompted: boo
 
 
 def test_ids_tell_maps_apart(tower) -> None:  # noqa: F811
-    maps = [CLIPFeatures(tower, k, p) for k in ("patch_mean", "projection", "both") for p in (False, True)]
-    assert len({m.id for m in maps} | {RawFeatures(8).id}) == 7
+    maps = [CLIPFeatures(tower, k, p) for k in KINDS for p in (False, True)]
+    assert len({m.id for m in maps} | {RawFeatures(8).id}) == 2 * len(KINDS) + 1
     assert all(m.id.startswith(tower.id) for m in maps)
 
 
@@ -45,7 +51,7 @@ def test_refusals(tower, tmp_path) -> None:  # noqa: F811
         CLIPFeatures(tower)(images(2) * 2 - 1)
     with pytest.raises(PotentialError, match="one prompt per design: 2 designs, none"):
         CLIPFeatures(tower, prompt_features=True)(images(2))
-    with pytest.raises(SurrogateError, match="patch_mean, projection, both"):
+    with pytest.raises(SurrogateError, match="patch_stats, patch_mean, projection, both"):
         make_features(tmp_path, "pixels")
     with pytest.raises(ConfigError, match="absent"):
         make_features(tmp_path / "absent")

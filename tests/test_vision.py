@@ -90,9 +90,11 @@ def test_same_embedding_as_the_processor_on_pil_images(folder: Path, tower: CLIP
     out = tower(picture[None].float() / 255)
     reference = tower.model.get_image_features(pixel_values=pixels)
     reference = getattr(reference, "pooler_output", reference)
-    hidden = tower.model.vision_model(pixel_values=pixels).last_hidden_state[:, 1:].mean(1)
+    patches = tower.model.vision_model(pixel_values=pixels).last_hidden_state[:, 1:]
+    hidden, spread = patches.mean(1), patches.std(1, correction=0)
     assert torch.cosine_similarity(out.projection, reference).item() > 1 - 1e-3
     assert torch.cosine_similarity(out.patch_mean, hidden).item() > 1 - 1e-3
+    assert torch.cosine_similarity(out.patch_std, spread).item() > 1 - 1e-3
     # the mean pixel difference is bounded by rounding to 8 bits, once, in units of the smallest std
     assert (tower.preprocess(picture[None].float() / 255) - pixels).abs().mean() < 1 / 255 / 0.2
 

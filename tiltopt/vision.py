@@ -33,10 +33,12 @@ class VisionOutput(NamedTuple):
 
     projection: (n, p), the projected image embedding, not normalised.
     patch_mean: (n, h), the mean of the last hidden patch states, without the class token.
+    patch_std: (n, h), their standard deviation over the patches (population, floored at 1e-4 for its gradient).
     """
 
     projection: Tensor
     patch_mean: Tensor
+    patch_std: Tensor
 
 
 class Preprocess:
@@ -200,8 +202,9 @@ class CLIPVision:
         pixels = self.preprocess(images.to(device=weight.device, dtype=torch.float32)).to(weight.dtype)
         out = self.model.vision_model(pixel_values=pixels)
         projection = self.model.visual_projection(out.pooler_output)
-        patch_mean = out.last_hidden_state[:, 1:].mean(dim=1)
-        return VisionOutput(projection.to(torch.float32), patch_mean.to(torch.float32))
+        patches = out.last_hidden_state[:, 1:].to(torch.float32)
+        spread = (patches.var(dim=1, correction=0) + 1e-8).sqrt()
+        return VisionOutput(projection.to(torch.float32), patches.mean(dim=1), spread)
 
     @torch.no_grad()
     def text(self, prompts: Sequence[str]) -> Tensor:
