@@ -13,8 +13,10 @@ from tiltopt.online.presets import preset
 
 def get_config(name: str = "demo") -> ConfigDict:
     config = preset(name)
-    config.model.name = "last_layer"
+    paper = name in ("aesthetic", "jpeg", "evaluate")
+    # a network's last layer, as published; a hundred answers teach the plain Bayesian linear model more
+    config.model.name = "last_layer" if paper else "linear"
     if config.acquisition.name != "mean":
         config.acquisition.name = "ucb"
-        config.acquisition.beta = 1.0 if "demo" in name or name == "smoke" else 1e-4
+        config.acquisition.beta = 1e-4 if paper else 1.0  # .01 standard deviations, as published, or one
     return config.lock()

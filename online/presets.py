@@ -57,6 +57,7 @@ def demo() -> ConfigDict:
     config.batch_size = 16
     config.initial_batch_size = 64
     config.reference_samples = 256  # the demo's black box is free, so the report can show the prior in full
+    config.sampler.alpha = 0.005  # kB per nat
     config.acquisition.adapt = True
     return config
 
