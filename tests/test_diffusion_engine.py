@@ -1,0 +1,147 @@
+"""The engine of real runs on tiny components: a query's image depends on the query alone, and the pilot is durable."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.tiny import tiny_clip, tiny_pipeline
+from tiltopt.errors import SurrogateError
+from tiltopt.online.diffusion_engine import DiffusionEngine, to_designs, to_images
+from tiltopt.online.engine import Ask, Data, Drawn, Plan
+from tiltopt.online.pilot import FILE, Pilot
+from tiltopt.online.prompts import prompt_of
+from tiltopt.online.seeds import query_seed
+from tiltopt.online.settings import Settings
+
+CHAINS = 10
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    parts = tmp_path_factory.mktemp("parts")
+    tiny_pipeline(parts / "pipeline")
+    tiny_clip(parts / "clip")
+    return Settings.from_config(
+        {
+            "run_dir": str(tmp_path_factory.mktemp("run")),
+            "initial_batch_size": CHAINS,
+            "micro_batch": 4,
+            "prior": {"path": str(parts / "pipeline"), "num_steps": 4},
+            "features": {"path": str(parts / "clip")},
+            "sampler": {"num_particles": 2, "alpha": 0.5},
+            "model": {"name": "linear"},
+        }
+    )
+
+
+def asks(settings: Settings, round_: int, n: int) -> list[Ask]:
+    return [
+        Ask(round_ * 100 + i + 1, round_, i, prompt_of(settings, i + 1), query_seed(settings.seed, round_, i))
+        for i in range(n)
+    ]
+
+
+def data_of(drawn: list[Drawn]) -> Data:
+    X = torch.stack([d.features for d in drawn]).double()
+    Y = torch.tensor([[float(np.asarray(d.image).mean())] for d in drawn], dtype=torch.float64)
+    return Data(X, Y, None, torch.empty(0, X.shape[1], dtype=torch.float64))
+
+
+@pytest.fixture(scope="module")
+def engine(settings: Settings) -> DiffusionEngine:
+    return DiffusionEngine(settings)
+
+
+@pytest.fixture(scope="module")
+def first(engine: DiffusionEngine, settings: Settings) -> list[Drawn]:
+    return engine.draw_plain(asks(settings, 0, CHAINS))
+
+
+def close(a: Drawn, b: Drawn) -> bool:
+    """Within 1/255 on 99 % of the pixels."""
+    difference = np.abs(np.asarray(a.image, dtype=int) - np.asarray(b.image, dtype=int))
+    return bool((difference <= 1).mean() >= 0.99)
+
+
+def test_images_do_not_depend_on_their_batch(engine: DiffusionEngine, settings: Settings, first: list[Drawn]) -> None:
+    some = asks(settings, 0, CHAINS)[3:8]
+    again = engine.draw_plain(some)
+    assert all(close(a, b) for a, b in zip(again, first[3:8], strict=True))
+    same = engine.draw_plain(asks(settings, 0, CHAINS))
+    assert all(a.image.tobytes() == b.image.tobytes() for a, b in zip(same, first, strict=True))
+
+
+def test_features_are_those_of_the_image_that_the_black_box_sees(engine: DiffusionEngine, first: list[Drawn]) -> None:
+    again = engine.features([d.image for d in first], [""] * CHAINS)
+    torch.testing.assert_close(torch.stack([d.features for d in first]), again, rtol=1e-4, atol=1e-5)
+    back = to_images(to_designs([d.image for d in first]))
+    assert all(a.tobytes() == d.image.tobytes() for a, d in zip(back, first, strict=True))
+
+
+def test_the_pilot_is_written_and_drawn_again_when_it_is_gone(settings: Settings, first: list[Drawn]) -> None:
+    folder = Path(settings.run_dir)
+    written = Pilot.load(folder)
+    assert written is not None
+    assert torch.equal(written.final, torch.stack([d.features for d in first]))
+    (folder / FILE).unlink()
+    again = DiffusionEngine(settings).pilot
+    for name in ("steps", "num_steps", "features", "final", "distance"):
+        assert torch.equal(getattr(written, name), getattr(again, name)), name
+    assert (folder / FILE).is_file()
+
+
+def test_tilted_queries_are_reproducible_and_independent_of_their_batch(
+    engine: DiffusionEngine, settings: Settings, first: list[Drawn]
+) -> None:
+    data = data_of(first)
+    model, plan = engine.fit(data, 1), Plan(alpha=0.5, beta=1.0)
+    batch = asks(settings, 1, 5)
+    one, two = engine.draw(model, data, batch, plan), engine.draw(model, data, batch, plan)
+    assert all(a.image.tobytes() == b.image.tobytes() for a, b in zip(one, two, strict=True))
+    alone = engine.draw(model, data, batch[2:3], plan)
+    assert close(alone[0], one[2])
+    for d in one:
+        assert 1.0 <= d.ess <= settings.sampler.num_particles + 1e-4
+        assert d.acquired == pytest.approx(d.predicted + d.predicted_sd, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["thompson", "log_ei", "mean", "qucb"])
+def test_every_acquisition_draws(settings: Settings, first: list[Drawn], name: str) -> None:
+    changed = replace(settings, acquisition=replace(settings.acquisition, name=name))
+    data = data_of(first)
+    engine = DiffusionEngine(changed)
+    drawn = engine.draw(engine.fit(data, 1), data, asks(settings, 1, 2), Plan(alpha=0.5, beta=1.0))
+    assert all(np.isfinite([d.predicted, d.predicted_sd, d.acquired]).all() for d in drawn)
+
+
+def test_thompson_queries_follow_draws_of_their_own(settings: Settings, first: list[Drawn]) -> None:
+    changed = replace(settings, acquisition=replace(settings.acquisition, name="thompson"))
+    engine, data = DiffusionEngine(changed), data_of(first)
+    drawn = engine.draw(engine.fit(data, 1), data, asks(settings, 1, 3), Plan(alpha=0.5, beta=1.0))
+    gaps = {round(d.acquired - d.predicted, 6) for d in drawn}
+    assert len(gaps) == 3
+
+
+def test_target_kl_sets_the_price(settings: Settings, first: list[Drawn]) -> None:
+    """The price that a larger target buys is lower."""
+    engine, data = DiffusionEngine(settings), data_of(first)
+    model = engine.fit(data, 1)
+    prices = []
+    for target in (0.1, 1.0):
+        engine.settings = replace(settings, sampler=replace(settings.sampler, alpha=None, target_kl=target))
+        potential, _ = engine._tilt(model, data, Plan(None, 1.0), seed=0)
+        prices.append(potential.alpha)
+    assert prices[0] > prices[1] > 0
+
+
+def test_fitting_is_deterministic(engine: DiffusionEngine, first: list[Drawn]) -> None:
+    data = data_of(first)
+    one, two = (engine.fit(data, 1).posterior(data.X).mean for _ in range(2))
+    assert torch.equal(one, two)
+    with pytest.raises(SurrogateError):
+        engine.fit(replace(data, X=data.X[:1], Y=data.Y[:1]), 1)
