@@ -31,7 +31,8 @@ def status(folder: str | Path) -> dict[str, Any]:
     record = load_run(folder)
     settings, states = record.settings, record.queries["state"].astype(str)
     drawn = int(record.queries["round"].nunique())
-    planned = int(settings.get("rounds", 0)) + 1
+    evaluation = record.summary.get("kind") == "evaluation"
+    planned = 2 if evaluation else int(settings.get("rounds", 0)) + 1
     counts = {state: int((states == state).sum()) for state in STATES}
     return {
         "folder": str(record.folder),

@@ -14,6 +14,7 @@ from PIL import Image
 from tests.fake_engine import FakeEngine, LoggedReward, truth
 from tiltopt.errors import ConfigError, SurrogateError
 from tiltopt.online.answer_log import AnswerLog, question
+from tiltopt.online.commands import status
 from tiltopt.online.evaluate import check_evaluation, draw_pairs, evaluate, evaluation_settings
 from tiltopt.online.evaluation_summary import evaluation_table
 from tiltopt.online.progress import Hook
@@ -233,3 +234,6 @@ def test_a_folder_of_an_evaluation_can_be_read_like_a_run(settings, tmp_path):
     record = load_run(tmp_path / "evaluation")
     assert list(record.queries["round"].unique()) == [0, 1]
     assert record.settings["prompts"] == "held_out_animals"
+    found = status(tmp_path / "evaluation")
+    assert found["rounds"] == {"drawn": 2, "planned": 2}
+    assert found["complete"] is True
