@@ -19,6 +19,10 @@ from tiltopt.online.schema import SCHEMA_VERSION, meta, metadata
 _CHECKED_BYTES = 64 * 2**20  # SQLite files up to this size are checked page by page when opened: a fraction of a second
 
 
+class DamagedStoreError(StoreError):
+    """The file is not a database, or no longer one."""
+
+
 class Database:
     """A database that holds the store's tables.
 
@@ -90,10 +94,10 @@ class Database:
         with self.reading() as c:
             found = c.exec_driver_sql("PRAGMA quick_check(1)").scalar()
         if found != "ok":
-            raise StoreError(self._damaged(str(found)))
+            raise self._damaged(str(found))
 
-    def _damaged(self, what: str) -> str:
-        return (
+    def _damaged(self, what: str) -> DamagedStoreError:
+        return DamagedStoreError(
             f"{self.where} is damaged ({what}). It was left as it is. Copy it away, restore it from a backup or with "
             "sqlite3's `.recover` command, and open the run again; images and surrogates beside it are intact."
         )
@@ -119,26 +123,21 @@ class Database:
         except StoreError:
             raise
         except (SQLAlchemyError, sqlite3.Error) as error:
-            raise StoreError(self._explain(error)) from error
+            raise self._explain(error) from error
 
-    def _explain(self, error: Exception) -> str:
+    def _explain(self, error: Exception) -> StoreError:
         cause = str(error.orig) if isinstance(error, DBAPIError) else str(error)
         if "malformed" in cause or "not a database" in cause:
             return self._damaged(cause)
-        if (
-            "full" in cause
-            or "readonly" in cause
-            or "read-only" in cause
-            or "I/O" in cause
-            or "unable to open" in cause
-        ):
-            return (
+        if any(word in cause for word in ("full", "readonly", "read-only", "I/O", "unable to open")):
+            return StoreError(
                 f"cannot write {self.where}: {cause}. Nothing that was stored before is lost; free space or make the "
                 "folder writable, then resume the run."
             )
         if "locked" in cause:
-            return f"{self.where} has been locked by another process for 30 s ({cause}). Stop it and try again."
-        return f"the database {self.where} refused: {cause.splitlines()[0] if cause else type(error).__name__}"
+            return StoreError(f"{self.where} has been locked by another process for 30 s ({cause}); stop it.")
+        first = cause.splitlines()[0] if cause else type(error).__name__
+        return StoreError(f"the database {self.where} refused: {first}")
 
     def close(self) -> None:
         """Close every connection; an SQLite log is folded into its file."""

@@ -152,6 +152,7 @@ class _Work:
             stop = self.runner.run(items, self._record, lambda n, total: self.hooks.on_progress("black box", n, total))
         finally:
             optimizer.store.add_answer_seconds(round_, time.monotonic() - started)
+        optimizer.checkpoint()
         if stop is None:
             for unfinished in self._unfinished():
                 measured = self.measure(optimizer, unfinished) if self.measure else {}

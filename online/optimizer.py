@@ -19,7 +19,7 @@ from botorch.models.model import Model
 from PIL import Image
 
 from tiltopt.errors import StoreError
-from tiltopt.online import asking, files, runfolder
+from tiltopt.online import asking, copies, files, runfolder
 from tiltopt.online.answers import batch_size, finite, query_number, spread
 from tiltopt.online.asking import Job, Progress
 from tiltopt.online.engine import Engine
@@ -105,6 +105,7 @@ class Optimizer:
         team: Team | None = None,
         store_url: str | None = None,
         read_only: bool = False,
+        recover: bool = False,
     ) -> Optimizer:
         """Continue the run in `folder`.
 
@@ -112,12 +113,13 @@ class Optimizer:
             config: the settings wanted now; None for those in `config.json`.
             allow_change: True to go on under changed settings, or the dotted keys that may change.
             read_only: only look; works while another process writes, and in a folder without write permission.
+            recover: should the store be damaged, keep it aside and go on from the newest whole round.
 
         Raises:
             ConfigError: the settings changed. StoreError: no run here, a damaged one, or another process writes it.
         """
         place = Path(folder)
-        opening = lambda: runfolder.reopen(place, config, allow_change, store_url, read_only)  # noqa: E731
+        opening = lambda: runfolder.reopen(place, config, allow_change, store_url, read_only, recover)  # noqa: E731
         return cls._start(place, engine, team, read_only, opening)
 
     @staticmethod
@@ -170,6 +172,7 @@ class Optimizer:
         def prepare() -> Job:
             if self._lock is None:  # a shared database takes answers from many, but rounds from one at a time
                 self._lock = runfolder.lock(self.folder)
+            self.checkpoint()
             job, held[0] = asking.prepare(self.store, self.engine, self.settings, self.folder, n, tell)
             return job
 
@@ -180,6 +183,11 @@ class Optimizer:
             Query(a.number, a.prompt, a.seed, d.image, d.predicted, d.predicted_sd, a.round)
             for a, d in zip(job.asks, drawn, strict=True)
         ]
+
+    def checkpoint(self) -> None:
+        """Copy the rows of every round that changed into its folder; see `tiltopt.online.copies`."""
+        if not runfolder.is_shared(self.folder):
+            copies.copy_rounds(self.folder)
 
     # ---- telling
 

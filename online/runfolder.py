@@ -6,13 +6,14 @@ import dataclasses
 import json
 import os
 import uuid
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from tiltopt.errors import ConfigError, StoreError
-from tiltopt.online import files
-from tiltopt.online.database import Database, hidden_password
+from tiltopt.online import copies, files
+from tiltopt.online.database import DamagedStoreError, Database, hidden_password
 from tiltopt.online.settings import Settings, differences
 from tiltopt.online.store import Store
 
@@ -52,19 +53,23 @@ def reopen(
     allow_change: bool | Collection[str] | None,
     store_url: str | None,
     read_only: bool,
+    recover: bool,
 ) -> tuple[Store, Settings]:
     """Open a run and settle which settings are in force.
 
     Args:
         config: the settings wanted now; None for those in `config.json`.
         allow_change: True to accept any change since the run was created, or the dotted keys that may change.
+        recover: in the place of a damaged store, put one made of the newest whole rounds.
 
     Raises:
         ConfigError: settings changed without permission; the message names them.
         StoreError: no run, or a damaged one.
     """
-    database, name = _database(folder, store_url, create=False, read_only=read_only)
+    database, name, note = _open_or_recover(folder, store_url, read_only, recover)
     store = Store.open(database, name)
+    if note:
+        store.change_config(store.config(), [note])
     stored = Settings.from_config(store.config() | {"run_dir": str(folder)})
     if read_only:
         return store, stored
@@ -91,6 +96,24 @@ def lock(folder: Path) -> files.WriterLock:
     except OSError as error:
         raise files.cannot_write(folder, error) from error
     return files.WriterLock(folder)
+
+
+def _open_or_recover(folder: Path, store_url: str | None, read_only: bool, recover: bool) -> tuple[Database, str, str]:
+    """The database, the run's name in it, and what was done to make it readable."""
+    try:
+        return *_database(folder, store_url, create=False, read_only=read_only), ""
+    except DamagedStoreError as error:
+        whole = 0 if is_shared(folder) else copies.whole_rounds(folder)
+        if not whole:
+            raise
+        if not recover or read_only:
+            raise DamagedStoreError(
+                f"{error} Or go on from round {whole - 1}, the newest with a whole copy, by --recover (recover=True); "
+                "answers that came later are then asked for again."
+            ) from error
+        note = copies.restore(folder)
+        warnings.warn(note, stacklevel=2)
+        return *_database(folder, store_url, create=False, read_only=False), note
 
 
 def _permit(changes: list[str], allow_change: bool | Collection[str] | None) -> None:
