@@ -6,6 +6,7 @@ so that neither another user of the machine nor a page of another site can see t
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import secrets
 import socket
@@ -128,7 +129,11 @@ def listen(port: int) -> socket.socket:
     return server
 
 
-def serve(rating: Rating, port: int = 0, say: Callable[[str], None] = print) -> None:
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def serve(rating: Rating, port: int = 0, say: Callable[[str], None] = _say) -> None:
     """Serves the page until it is interrupted, then writes the summaries and the report.
 
     Args:
@@ -143,7 +148,8 @@ def serve(rating: Rating, port: int = 0, say: Callable[[str], None] = print) -> 
     say(f"rate at http://127.0.0.1:{server.getsockname()[1]}/?token={token}   (Ctrl+C ends; every answer is stored)")
     config = uvicorn.Config(make_app(rating, token), log_level="warning", access_log=False, lifespan="off")
     try:
-        uvicorn.Server(config).run(sockets=[server])
+        with contextlib.suppress(KeyboardInterrupt):  # the usual end; uvicorn hands it on after its own shutdown
+            uvicorn.Server(config).run(sockets=[server])
     finally:
         server.close()
         rating.join()

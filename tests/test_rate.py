@@ -4,15 +4,15 @@ import html
 import json
 import re
 import shutil
+import signal
 import subprocess
+import sys
 import threading
 import time
 
+import httpx
 import pytest
-
-pytest.importorskip("starlette")
-pytest.importorskip("httpx")
-
+import uvicorn
 from starlette.responses import HTMLResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
@@ -241,6 +241,30 @@ def test_the_command_needs_a_run(tmp_path, capsys):
     assert "expected the folder of a run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_the_command_serves_until_it_is_interrupted_and_leaves_a_report(tmp_path):
+    with Optimizer.create(tmp_path / "run", CONFIG, engine=FakeEngine()) as optimizer:
+        optimizer.ask(5)
+    command = [sys.executable, "-m", "tiltopt.cli", "rate", str(tmp_path / "run"), "--high", "18"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        address = re.search(r"http://127\.0\.0\.1:\d+/\?token=\S+", process.stdout.readline()).group(0)
+        with httpx.Client(follow_redirects=True, timeout=30) as client:
+            page = client.get(address)
+            assert "HIGH = 18.0" in page.text
+            base = address.split("/?")[0]
+            assert client.post(f"{base}/rate", json={"id": 1, "value": 16}).json()["answered"] == 1
+            assert httpx.get(f"{base}/state").status_code == 403
+        process.send_signal(signal.SIGINT)
+        rest = process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert f"report: {tmp_path / 'run' / 'report.html'}" in rest
+    with Optimizer.open(tmp_path / "run", read_only=True) as optimizer:
+        assert optimizer.queries()["value"].iloc[0] == 16.0
+
+
 AUTOPILOT = """<!doctype html><title>working</title><iframe id="f" src="/?token=TOKEN"></iframe><script>
 const wait = (ms) => new Promise((done) => setTimeout(done, ms));
 const frame = document.getElementById("f");
@@ -272,8 +296,6 @@ go().catch((error) => "failed: " + error).then((text) => { document.title = text
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
 def test_a_real_browser_rates_undoes_reloads_and_draws_the_next_round(rating, tmp_path):
-    uvicorn = pytest.importorskip("uvicorn")
-
     async def autopilot(request):
         return HTMLResponse(AUTOPILOT)
 
