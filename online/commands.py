@@ -191,7 +191,7 @@ def _later_rounds(folder: Path, model: Model) -> list[list[str]]:
     if not len(X) or len(X) != len(later):
         return []
     with torch.no_grad():
-        posterior = model.posterior(X.unsqueeze(-2))
+        posterior: Any = model.posterior(X.unsqueeze(-2))
     mean, sd = posterior.mean.flatten().numpy(), posterior.variance.clamp_min(0).sqrt().flatten().numpy()
     rows = []
     for round_ in sorted(later["round"].unique()):

@@ -8,6 +8,7 @@ round 0 is the plain samples and round 1 the tilted ones.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Sequence
@@ -105,8 +106,7 @@ def evaluate(
         assert black_box is not None, "rank 0 needs the black box"
         queries = to_queries(settings, plain, tilted, model)
         for number, drawn in enumerate([*plain, *tilted], start=1):
-            image = drawn.image
-            files.write_atomic(files.image_path(out_dir, number), lambda f, image=image: image.save(f, "PNG"))
+            files.write_atomic(files.image_path(out_dir, number), functools.partial(drawn.image.save, format="PNG"))
         images = [drawn.image for drawn in (*plain, *tilted)]
         queries = answer(settings, queries, images, black_box, AnswerLog(out_dir / "answers.jsonl"), hooks)
         files.write_atomic(out_dir / "queries.csv", lambda f: f.write(queries.to_csv(index=False).encode("utf-8")))
@@ -168,7 +168,7 @@ def to_queries(settings: Settings, plain: Sequence[Drawn], tilted: Sequence[Draw
     for round_, batch in ((PLAIN, plain), (TILTED, tilted)):
         X = torch.stack([drawn.features for drawn in batch]).double()
         with torch.no_grad():
-            posterior = model.posterior(X.unsqueeze(-2))
+            posterior: Any = model.posterior(X.unsqueeze(-2))
         mean, variance = posterior.mean.flatten().tolist(), posterior.variance.clamp_min(0).flatten().tolist()
         for i in range(len(batch)):
             seed = derive(settings.seed, "evaluate", i)

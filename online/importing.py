@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import math
@@ -105,7 +106,7 @@ def import_measurements(optimizer: Optimizer, found: Measurements, source: str) 
     round_, first = store.next()
     for number, picture in enumerate(pictures, start=first):
         path = files.image_path(optimizer.folder, number)
-        files.write_atomic(path, lambda file, picture=picture: picture.save(file, "PNG"))
+        files.write_atomic(path, functools.partial(picture.save, format="PNG"))
     new = [NewQuery(first + i, i, prompt, 0, pack(vectors[i])) for i, prompt in enumerate(found.prompts)]
     answers = {first + i: (value, sem) for i, (value, sem) in enumerate(zip(found.values, found.sems, strict=True))}
     store.add_round(
