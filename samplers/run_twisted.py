@@ -53,7 +53,8 @@ def sample_twisted(
         flow, prompts=cond.prompts, num_particles=num_particles, generators=generators,
         ess_threshold=ess_threshold, resampling=resampling, callback=callback,
     )  # fmt: skip
-    x0 = step.particles.mean
+    x0, designs = step.particles.mean, step.designs
+    assert designs is not None  # the last look always decodes
     if not options.weighted and potential is not None:
         log_z = log_mean_exp(step.particles.log_g.nan_to_num(nan=-math.inf, neginf=-math.inf))
-    return Samples(x0, step.designs, log_w.to(x0.device, x0.dtype), log_z.to(x0.device, x0.dtype))
+    return Samples(x0, designs, log_w.to(x0.device, x0.dtype), log_z.to(x0.device, x0.dtype))
