@@ -26,6 +26,8 @@ from tiltopt.samplers.tempering import (
 from tiltopt.samplers.twist_options import Gradient, TwistOptions
 from tiltopt.types import Conditioning, Potential
 
+PILOT_ROWS = 16
+
 
 @dataclass(frozen=True)
 class DAS:
@@ -58,7 +60,7 @@ class DAS:
         nan: what a NaN or +inf potential does: `raise`, or `kill` the particle.
         guidance_decoder: a cheaper events -> designs for every step but the last; None: the prior's.
         x0_factor: (k, K) -> factor for gradient="x0"; None: fitted on the pilot.
-        pilot_chains: M, chains of the pilot.
+        pilot_chains: M, chains of the pilot, run 16 (or `micro_batch`) at a time.
         pilot_seed: seed of the pilot's noise.
         cache: the pilots of this sampler; give two samplers the same one to share them.
 
@@ -115,7 +117,7 @@ class DAS:
         check_call(cond, num_particles, generators)
         factor = self.x0_factor
         if self.gradient == "x0" and factor is None:
-            factor = self.cache.x0_factors(prior, potential, self._pilot(prior, cond), self.micro_batch)
+            factor = self.cache.x0_factors(prior, potential, self._pilot(prior, cond), self._pilot_rows)
         schedule = self._schedule(prior, potential, cond)
         return sample_twisted(
             prior, potential, cond, schedule, self._options(factor), num_particles=num_particles,
@@ -134,8 +136,13 @@ class DAS:
             x0_factor=factor,
         )
 
+    @property
+    def _pilot_rows(self) -> int:
+        """Chains per network call of the pilot: not all at once, and never dependent on the batch."""
+        return PILOT_ROWS if self.micro_batch is None else self.micro_batch
+
     def _pilot(self, prior: Prior, cond: Conditioning) -> Pilot:
-        return self.cache.pilot(prior, cond, self.pilot_chains, self.pilot_seed, self.micro_batch)
+        return self.cache.pilot(prior, cond, self.pilot_chains, self.pilot_seed, self._pilot_rows)
 
     def _schedule(self, prior: Prior, potential: Potential, cond: Conditioning) -> Schedule | Adaptive:
         num_steps = prior.num_steps
@@ -150,4 +157,4 @@ class DAS:
         if self.tempering == "none":
             return [1.0] * (num_steps + 1)
         pilot = self._pilot(prior, cond)
-        return tabulate(self.cache.calibration(prior, potential, pilot, self.micro_batch), num_steps)
+        return tabulate(self.cache.calibration(prior, potential, pilot, self._pilot_rows), num_steps)

@@ -111,12 +111,12 @@ def test_plane_in_sixteen_dimensions_is_unbiased() -> None:
 
 @pytest.mark.slow
 def test_gate_gmm2_sharp() -> None:
-    """64 particles, 100 steps: |log Z bias| <= .45 and EMD <= .13 (exp: -3.00 and .28)."""
+    """64 particles, 100 steps: |log Z bias| <= .45 and EMD <= .13 (exp: -3.00 and .28; floor .07)."""
     prior = MixturePrior(ring_mixture(), num_steps=100)
     truth = weighted_chain(prior, RING_SHARP, 100_000)
-    out = run(DAS(), prior, RING_SHARP, 64, 150)
+    out = run(DAS(), prior, RING_SHARP, 64, 300)
     assert abs(float((out.log_z - truth.log_z).double().mean())) <= 0.45
-    assert emd(draw(out, 2000, 1), draw(truth, 2000, 2)) <= 0.13
+    assert emd(draw(out, 1500, 1), draw(truth, 1500, 2)) <= 0.13
     assert 0.5 * float((shares(out, prior.data.means) - shares(truth, prior.data.means)).abs().sum()) < 0.05
 
 

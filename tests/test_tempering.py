@@ -160,7 +160,7 @@ def test_pilot_serves_later_potentials_and_later_batches() -> None:
         sampler.sample(prior, potential, prompts(batch), num_particles=2, generators=generators(batch))  # type: ignore[arg-type]
         return Counting.calls - before
 
-    assert cost(2, POTENTIAL) == 20  # the pilot, then the run: one call per step each
+    assert cost(2, POTENTIAL) == 50  # 64 chains of the pilot, 16 at a time, then the run: one call per step each
     assert cost(3, POTENTIAL) == 10
     assert cost(1, lambda x, c: -x.square().sum(-1)) == 10
 
