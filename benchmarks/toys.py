@@ -245,7 +245,7 @@ def run(problem: Problem, runs: int, report: Callable[[str], None]) -> tuple[dic
 
 
 def emd_by_particles(problem: Problem, report: Callable[[str], None]) -> dict[str, dict[int, float]]:
-    """EMD of 600 independent draws, one per run, on a chain of 25 steps: what a loop takes from a sampler."""
+    """EMD of draws from 600 independent runs on a chain of 25 steps."""
     short = replace(problem, num_steps=25)
     truth = truth_of(short)
     table: dict[str, dict[int, float]] = {}
