@@ -1,6 +1,7 @@
 """The console command on a real run of the toy engine: what it prints, what it writes, how it exits."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -156,6 +157,27 @@ def test_a_damaged_store_is_named(half, capsys):
     error = capsys.readouterr().err
     assert "queries.sqlite" in error
     assert "Traceback" not in error
+
+
+def test_a_damaged_store_is_recovered_when_asked(finished, tmp_path, capsys, monkeypatch):
+    from tiltopt.online import main
+
+    folder = shutil.copytree(finished[0], tmp_path / "toy")
+    (folder / "queries.sqlite").write_bytes(b"SQLite format 3\0" + b"x" * 5000)
+    for extra in folder.glob("queries.sqlite-*"):
+        extra.unlink()
+    carried_on = []
+    monkeypatch.setattr(main, "resume", lambda place, *, allow_change: carried_on.append((place, allow_change)) or 0)
+    assert cli.main(["resume", str(folder), "--recover"]) == 0
+    assert carried_on == [(folder, False)]
+    assert cli.main(["status", str(folder)]) == 0
+    assert "answered" in capsys.readouterr().out
+
+
+def test_a_run_that_exists_is_not_opened_under_another_configuration(half, capsys):
+    arguments = ["rate", str(half), "--config", "config/ucb.py:demo", "--config.seed=77"]
+    assert cli.main(arguments) == 2
+    assert "seed: 3 -> 77" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

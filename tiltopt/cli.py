@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     try:
         options, rest = parser.parse_known_args(arguments)
-        if rest and options.command not in ("run", "import", "rate"):
+        if rest and (options.command not in ("run", "import", "rate") or not rest[0].startswith("--config")):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
     except SystemExit as stop:  # argparse has said what is wrong, or printed its help
         return int(stop.code or 0)
@@ -82,6 +82,10 @@ def make_parser() -> argparse.ArgumentParser:
     resume = add("resume", _resume, "carry on a run that was stopped")
     resume.add_argument("folder", help="folder of the run")
     resume.add_argument("--allow-change", action="store_true", help="go on although config.json was changed")
+
+    resume.add_argument(
+        "--recover", action="store_true", help="keep a damaged store aside and go on from the newest whole round"
+    )
 
     report = add("report", _report, "write report.html into the folder of a run")
     report.add_argument("folder", help="folder of the run")
@@ -140,6 +144,10 @@ def _resume(options: argparse.Namespace) -> int:
     from tiltopt.online.record import run_folder
 
     folder = run_folder(options.folder)
+    if options.recover:
+        from tiltopt.online.optimizer import Optimizer
+
+        Optimizer.open(folder, recover=True, allow_change=options.allow_change or None).close()
     from tiltopt.online.main import resume
 
     _debug(options)
@@ -208,7 +216,7 @@ def _open_or_create(folder: str, configuration: Sequence[str]) -> Optimizer:
     """The run in `folder`, made from `--config ...` arguments when there is none yet."""
     from tiltopt.online.optimizer import Optimizer
 
-    if not configuration or Optimizer.exists(folder):
+    if not configuration:
         return Optimizer.open(folder)
     from tiltopt.online.commandline import parse
     from tiltopt.online.components import check
@@ -216,7 +224,8 @@ def _open_or_create(folder: str, configuration: Sequence[str]) -> Optimizer:
 
     settings = Settings.from_config(parse(configuration))
     check(settings)
-    return Optimizer.create(folder, settings)
+    exists = Optimizer.exists(folder)  # then its settings must be these
+    return Optimizer.open(folder, config=settings) if exists else Optimizer.create(folder, settings)
 
 
 def _surrogate(options: argparse.Namespace) -> int:
