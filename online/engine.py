@@ -76,8 +76,15 @@ class Plan:
 class Engine(Protocol):
     """Draws designs and fits surrogates. Collective: every rank calls `draw_plain` and `draw` with the same asks."""
 
-    team: Team
-    feature_id: str
+    @property
+    def team(self) -> Team:
+        """The processes that draw together."""
+        ...
+
+    @property
+    def feature_id(self) -> str:
+        """Names the feature map; stored with the run and with every surrogate."""
+        ...
 
     def draw_plain(self, asks: Sequence[Ask], progress: Callable[[int, int], None] | None = None) -> list[Drawn]:
         """Plain samples of the prior, in order, on every rank. `progress(done, total)` counts denoising steps."""

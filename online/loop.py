@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
+from tiltopt.errors import RewardError
 from tiltopt.online import files, rounds
 from tiltopt.online.optimizer import Optimizer
 from tiltopt.online.progress import Hook
@@ -76,8 +78,12 @@ def run(
         told.on_round_start(step.round, step.size)
         if step.ask:
             optimizer.ask(step.size, told.on_progress)
-        stop = on_main(optimizer.team, lambda round_=step.round: made[0].answer(round_))
+        stop = on_main(optimizer.team, partial(_answer, made, step.round))
     return on_main(optimizer.team, lambda: made[0].result(stop))
+
+
+def _answer(made: Sequence[_Work], round_: int) -> Stop | None:
+    return made[0].answer(round_)
 
 
 @dataclass(frozen=True)
@@ -97,11 +103,13 @@ class _Work:
     def __init__(
         self,
         optimizer: Optimizer,
-        black_box: BlackBox,
+        black_box: BlackBox | None,
         runner_options: Mapping[str, Any],
         hooks: Hook,
         measure: Measure | None,
     ) -> None:
+        if black_box is None:
+            raise RewardError("expected a black box on rank 0, got None; make one with tiltopt.rewards.make_reward.")
         self.optimizer = optimizer
         self.hooks = hooks
         self.measure = measure

@@ -32,9 +32,8 @@ def save_surrogate(folder: Path, record: RoundRecord, model: Model, feature_id: 
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        io.save(
-            model, partial, feature_id=feature_id, data_fingerprint=record.fingerprint, extra={"round": record.round}
-        )
+        mark = record.fingerprint or ""
+        io.save(model, partial, feature_id=feature_id, data_fingerprint=mark, extra={"round": record.round})
         for file in sorted(partial.iterdir()):
             files.replace_synced(file, target / file.name)
         partial.rmdir()
@@ -77,8 +76,8 @@ def score_previous(
     if not len(X):
         return None, notes
     with torch.no_grad():
-        mean = model.posterior(X.unsqueeze(-2)).mean.flatten()
-    promised = torch.where(acquired.isnan(), mean, acquired)
+        posterior: Any = model.posterior(X.unsqueeze(-2))
+    promised = torch.where(acquired.isnan(), posterior.mean.flatten().to(acquired), acquired)
     return {**score(model, X, Y, sem=sem, predicted=promised), "round": round_}, notes
 
 

@@ -53,8 +53,9 @@ class Store:
                     f"{database.where} already holds this run; open it to continue, or choose another folder."
                 )
             row = {"name": name, "config": json.dumps(config), "changes": "[]", "created_at": time.time()}
-            key = c.execute(insert(runs).values(row)).inserted_primary_key
-        return cls(database, int(key[0]))
+            c.execute(insert(runs).values(row))
+            run_id = c.execute(select(runs.c.id).where(runs.c.name == name)).scalar_one()
+        return cls(database, run_id)
 
     @classmethod
     def open(cls, database: Database, name: str) -> Store:

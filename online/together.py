@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tiltopt.errors import TiltoptError
 from tiltopt.online.team import Team
@@ -33,7 +33,8 @@ def on_main(team: Team, action: Callable[[], T]) -> T:
             raise
         with_peers(team, lambda: team.broadcast(("ok", result)))
         return result
-    status, value = with_peers(team, lambda: team.broadcast(None))
+    told: tuple[str, Any] = with_peers(team, lambda: team.broadcast(None))
+    status, value = told
     if status == "error":
         raise PeerError(f"rank 0 stopped: {value}")
     return value
