@@ -22,7 +22,7 @@ from torch import Generator, Tensor, nn
 from tiltopt.errors import SurrogateError
 
 NAMES = ("mean", "ucb", "log_ei", "thompson", "max_member", "qucb", "qlog_ei")
-ALIASES = {"greedy": "mean", "qlognei": "qlog_ei", "qlogei": "qlog_ei", "logei": "log_ei"}
+ALIASES = {"greedy": "mean", "qlogei": "qlog_ei", "logei": "log_ei"}
 MC_SAMPLES = 128
 
 
@@ -126,12 +126,13 @@ def make_acquisition(
     if name in ("thompson", "qucb", "qlog_ei") and generator is None:
         raise SurrogateError(f"acquisition `{name}` draws at random and needs a `generator`.")
     device = next((t.device for t in model.state_dict().values()), torch.device("cpu"))
-    return Acquisition(name, _inner(name, model, beta, best_f, X_pending, generator, index), model, device)
+    pending = None if X_pending is None else X_pending.detach().to(device=device, dtype=torch.float64)
+    return Acquisition(name, _inner(name, model, beta, best_f, pending, generator, index), model, device)
 
 
 def _inner(
     name: str,
-    model: Model,
+    model: Any,
     beta: float,
     best_f: float | None,
     X_pending: Tensor | None,
@@ -142,8 +143,9 @@ def _inner(
         return PosteriorMean(model)
     if name == "ucb":
         return UpperConfidenceBound(model, beta=torch.tensor(float(beta), dtype=torch.float64))
+    best = math.nan if best_f is None else float(best_f)
     if name == "log_ei":
-        return LogExpectedImprovement(model, best_f=torch.tensor(float(best_f), dtype=torch.float64))
+        return LogExpectedImprovement(model, best_f=torch.tensor(best, dtype=torch.float64))
     if name == "max_member":
         if not isinstance(model, EnsembleModel):
             raise SurrogateError(
@@ -151,18 +153,18 @@ def _inner(
                 "or the acquisition to `ucb`."
             )
         return MaxMember(model)
+    assert generator is not None  # checked by the caller for every name that is left
     if name == "thompson":
         return thompson(model, generator, index)
-    seed = _seed(generator, index)
-    pending = None if X_pending is None or len(X_pending) == 0 else X_pending.detach().to(torch.float64)
+    pending = None if X_pending is None or len(X_pending) == 0 else X_pending
     probe = torch.zeros(1, _dim(model), dtype=torch.float64) if pending is None else pending[:1]
-    sampler = get_sampler(model.posterior(probe), torch.Size([MC_SAMPLES]), seed=seed)
+    sampler = get_sampler(model.posterior(probe), torch.Size([MC_SAMPLES]), seed=_seed(generator, index))
     if name == "qucb":
         return qUpperConfidenceBound(model, beta=float(beta), sampler=sampler, X_pending=pending)
-    return qLogExpectedImprovement(model, best_f=float(best_f), sampler=sampler, X_pending=pending)
+    return qLogExpectedImprovement(model, best_f=best, sampler=sampler, X_pending=pending)
 
 
-def thompson(model: Model, generator: Generator, index: int | None = None) -> nn.Module:
+def thompson(model: Any, generator: Generator, index: int | None = None) -> nn.Module:
     """One draw f of the posterior, as a module X (b) x 1 x d -> (b).
 
     Exact in weight space for `linear` and `last_layer`; one member for an ensemble, consecutive indices taking
@@ -182,13 +184,13 @@ def thompson(model: Model, generator: Generator, index: int | None = None) -> nn
     raise SurrogateError(f"no Thompson draw is known for a {type(model).__name__}; use `ucb`.")
 
 
-def _dim(model: Model) -> int:
+def _dim(model: Any) -> int:
     """d of a fitted surrogate."""
     mean = getattr(model, "x_mean", None)
     return len(mean) if mean is not None else model.data.X.shape[-1]
 
 
-def _seed(generator: Generator | None, index: int | None) -> int:
+def _seed(generator: Generator, index: int | None) -> int:
     """A seed from the generator, spread over indices so that draws for different prompts differ."""
     base = int(torch.randint(2**62, (), generator=generator))
     return (base + 0x9E3779B97F4A7C15 * (0 if index is None else index + 1)) % 2**63

@@ -20,7 +20,7 @@ REFIT_LIMIT = 256  # answers up to which every candidate is fitted anew for ever
 MIN_COMPARE = 8  # answers below which nothing can be compared
 
 
-def predictive(model: Model, X: Tensor, sem: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def predictive(model: Any, X: Tensor, sem: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the next answer at the points X (m, d), both (m,), reward units.
 
     The variance is that of the posterior, plus the model's noise, plus sem^2 where the error of the answer is known.
@@ -80,10 +80,10 @@ def fit_auto(
         raise SurrogateError(f"no candidate is left of {tuple(candidates)} at {len(data)} answers.")
     if len(data) < MIN_COMPARE:
         best = "linear" if "linear" in names else names[0]
-        model = fit(best, data, generator, options.get(best, {}))
+        few: Any = fit(best, data, generator, options.get(best, {}))
         why = f"{len(data)} answers are too few to compare models"
-        model.choice_report = {"chosen": best, "why": why, "answers": len(data), "scores": {}}
-        return model
+        few.choice_report = {"chosen": best, "why": why, "answers": len(data), "scores": {}}
+        return few
     fold_seed = int(torch.randint(2**31, (), generator=generator))
     scores: dict[str, dict[str, Any]] = {}
     for name in names:
@@ -91,7 +91,7 @@ def fit_auto(
         scores[name] = _score(name, data, fit, folds_generator, folds, options.get(name, {}))
     ranked = sorted(scores, key=lambda n: scores[n]["log_density"], reverse=True)
     best = ranked[0]
-    model = fit(best, data, generator, options.get(best, {}))
+    model: Any = fit(best, data, generator, options.get(best, {}))
     why = "; ".join(f"{n} {scores[n]['log_density']:.3f} +- {scores[n]['standard_error']:.3f}" for n in ranked)
     report = {"chosen": best, "why": f"log predictive density, nats per answer: {why}", "answers": len(data)}
     model.choice_report = {**report, "scores": scores}
@@ -104,7 +104,8 @@ def _score(
     """Mean log predictive density of one candidate, with its standard error, how it was computed, and seconds."""
     start = time.perf_counter()
     if name in ("linear", "gp") and len(data) > REFIT_LIMIT:
-        density, how = fit(name, data, generator, options).leave_one_out(data), "leave-one-out"
+        model: Any = fit(name, data, generator, options)
+        density, how = model.leave_one_out(data), "leave-one-out"
     else:
         folds = len(data) if len(data) <= 16 else min(folds, len(data))
         density, how = cross_validated(name, data, fit, generator, folds, **options), f"{folds} folds"

@@ -21,6 +21,12 @@ class EnsembleSurrogate(EnsembleModel):
     Buffers: `noise_variance` (), reward units squared; it is not part of the posterior, which speaks of f alone.
     """
 
+    x_mean: Tensor
+    x_scale: Tensor
+    y_mean: Tensor
+    y_scale: Tensor
+    noise_variance: Tensor
+
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         super().__init__()
         self._num_outputs = 1
@@ -63,6 +69,8 @@ class LinearEnsemble(EnsembleSurrogate):
     """
 
     kind: ClassVar[str] = "linear_ensemble"
+    weights: Tensor
+    levels: Tensor
 
     @classmethod
     def fit(cls, data: Data, *, generator: Generator, members: int = 8, strength: float = 1.0) -> LinearEnsemble:
@@ -89,6 +97,7 @@ class MLPEnsemble(EnsembleSurrogate):
     """Bootstrap of multi-layer perceptrons trained in one vmapped pass; each stops on the answers it never saw."""
 
     kind: ClassVar[str] = "mlp_ensemble"
+    _base: Regressor
 
     def __init__(self, tensors: dict[str, Tensor], state: dict[str, Tensor], sizes: tuple[int, ...]) -> None:
         super().__init__({**tensors, **{f"member_{k.replace('.', '_')}": v for k, v in state.items()}})

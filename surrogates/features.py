@@ -35,10 +35,11 @@ class FeatureMap(Protocol):
 class CLIPFeatures:
     """Features of images by a CLIP image tower, optionally beside those of their prompts by its text tower.
 
-    "patch_stats" is the mean and the standard deviation of the last hidden patch states over the picture: what there is,
-    and how much it varies from place to place. "patch_mean" is the mean alone: it keeps texture, layout and colour. "projection" is the
-    embedding that CLIP compares with text, unit norm: it keeps what the picture is of. "both" concatenates them.
-    Prompt features are the unit-norm text embedding; they let one surrogate serve prompts of different mean reward.
+    "patch_stats" is the mean and the standard deviation of the last hidden patch states over the picture: what there
+    is, and how much it varies from place to place. "patch_mean" is the mean alone: it keeps texture and colour.
+    "projection" is the embedding that CLIP compares with text, unit norm: it keeps what the picture is of. "both" is
+    patch mean and projection. Prompt features are the unit-norm text embedding; they let one surrogate serve prompts of
+    different mean reward.
 
     Args:
         tower: the CLIP model.

@@ -38,6 +38,10 @@ class Project(InputTransform, nn.Module):
         shift, scale: (d,); axes: (d, k), orthonormal principal axes, or None to keep all directions.
     """
 
+    shift: Tensor
+    scale: Tensor
+    axes: Tensor | None
+
     def __init__(self, shift: Tensor, scale: Tensor, axes: Tensor | None = None) -> None:
         super().__init__()
         for name, value in (("shift", shift), ("scale", scale), ("axes", axes)):
@@ -68,7 +72,7 @@ class Project(InputTransform, nn.Module):
         if not isinstance(other, Project) or (self.axes is None) != (other.axes is None):
             return False
         pairs = [(self.shift, other.shift), (self.scale, other.scale), (self.axes, other.axes)]
-        return all(a is None or torch.equal(a, b) for a, b in pairs)
+        return all(a is None or b is None or torch.equal(a, b) for a, b in pairs)
 
 
 class GPModel(SingleTaskGP):
@@ -78,6 +82,11 @@ class GPModel(SingleTaskGP):
     """
 
     kind: ClassVar[str] = "gp"
+    outcome_transform: Any
+    input_transform: Any
+    likelihood: Any
+    covar_module: Any
+    mean_module: Any
 
     def __init__(self, data: Data, project: Project) -> None:
         self.data = data  # plain, not a buffer: BoTorch must neither transform nor cast it
@@ -133,7 +142,7 @@ class GPModel(SingleTaskGP):
             model = full
         return model.requires_grad_(False).eval()
 
-    def _apply(self, fn: Callable[[Tensor], Tensor]) -> GPModel:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GPModel:
         """Moves between devices but stays in float64."""
         return super()._apply(device_only(fn))
 

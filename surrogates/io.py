@@ -17,6 +17,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from tiltopt.errors import SurrogateError
+from tiltopt.surrogates.ancestor import AncestorModel
 from tiltopt.surrogates.ensemble import LinearEnsemble, MLPEnsemble
 from tiltopt.surrogates.gp import GPModel
 from tiltopt.surrogates.last_layer import LastLayerModel
@@ -26,7 +27,7 @@ from tiltopt.surrogates.sparse_gp import SparseGPModel
 
 FORMAT = 1
 TENSORS, SETTINGS = "surrogate.safetensors", "surrogate.json"
-KNOWN = (LinearModel, LastLayerModel, LinearEnsemble, MLPEnsemble, GPModel, SparseGPModel, PairwiseModel)
+KNOWN = (LinearModel, LastLayerModel, LinearEnsemble, MLPEnsemble, GPModel, SparseGPModel, PairwiseModel, AncestorModel)
 CLASSES: dict[str, Any] = {c.kind: c for c in KNOWN}
 
 
@@ -56,10 +57,11 @@ def save(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors_of(model).items()}
+    known: Any = model
     settings = {
         "format": FORMAT,
         "class": kind,
-        "settings": model.settings(),
+        "settings": known.settings(),
         "features": feature_id,
         "data": data_fingerprint,
         "shapes": {name: list(t.shape) for name, t in sorted(tensors.items())},

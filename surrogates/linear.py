@@ -45,6 +45,21 @@ class LinearModel(Model):
     kind: ClassVar[str] = "linear"
     num_outputs = 1
     batch_shape = torch.Size()
+    x_mean: Tensor
+    x_scale: Tensor
+    y_mean: Tensor
+    y_scale: Tensor
+    weights: Tensor
+    vectors: Tensor
+    variances: Tensor
+    rest: Tensor
+    centre: Tensor
+    intercept: Tensor
+    intercept_var: Tensor
+    noise_variance: Tensor
+    prior: Tensor
+    log_evidence: Tensor
+    trunk: Any
 
     def __init__(self, tensors: dict[str, Tensor], trunk: nn.Module | None = None) -> None:
         super().__init__()
@@ -110,11 +125,11 @@ class LinearModel(Model):
 
     def sample_function(self, generator: Generator) -> SampledFunction:
         """One exact draw of the whole function, as a deterministic BoTorch model; for Thompson sampling."""
-        options = {"generator": generator, "dtype": self.weights.dtype}
-        device = self.weights.device
-        along = torch.randn(len(self.variances), **options).to(device)
-        other = torch.randn(len(self.weights), **options).to(device)
-        level = torch.randn((), **options).to(device)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=self.weights.dtype).to(self.weights.device)
+
+        along, other, level = normal(len(self.variances)), normal(len(self.weights)), normal(1)[0]
         w = self.weights + self.vectors @ (self.variances.sqrt() * along)
         w = w + self.rest.sqrt() * (other - self.vectors @ (self.vectors.mT @ other))
         c = self.intercept + self.intercept_var.sqrt() * level

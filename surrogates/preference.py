@@ -32,6 +32,7 @@ class PairwiseModel(PairwiseGP):
     """
 
     kind: ClassVar[str] = "pairwise"
+    _x0: Any
 
     def __init__(self, X: Tensor, comparisons: Tensor, project: Project) -> None:
         self.answers = (X, comparisons)
@@ -51,7 +52,7 @@ class PairwiseModel(PairwiseGP):
             fit_gpytorch_mll_scipy(mll, options={"maxiter": max_iterations})
         return cls.restore({}, model.tensors())  # the same road as a loaded one, so that both agree to the bit
 
-    def _apply(self, fn: Callable[[Tensor], Tensor]) -> PairwiseModel:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PairwiseModel:
         """Moves between devices but stays in float64."""
         return super()._apply(device_only(fn))
 

@@ -9,6 +9,7 @@ from botorch.models.model import Model
 from torch import Generator, Tensor
 
 from tiltopt.errors import SurrogateError
+from tiltopt.surrogates.ancestor import AncestorModel
 from tiltopt.surrogates.auto import fit_auto
 from tiltopt.surrogates.data import Data, check
 from tiltopt.surrogates.ensemble import fit_ensemble
@@ -17,7 +18,7 @@ from tiltopt.surrogates.last_layer import LastLayerModel
 from tiltopt.surrogates.linear import LinearModel
 from tiltopt.surrogates.sparse_gp import SparseGPModel
 
-NAMES = ("linear", "last_layer", "ensemble", "gp", "auto")
+NAMES = ("linear", "last_layer", "ensemble", "gp", "auto", "ancestor")
 
 
 def fit(
@@ -36,7 +37,8 @@ def fit(
 
     Args:
         name: "linear" (Bayesian ridge, exact), "last_layer" (perceptron with a Bayesian last layer), "ensemble"
-            (bootstrap), "gp" (linear + Matern Gaussian process), or "auto" (the one that predicts best).
+            (bootstrap), "gp" (linear + Matern Gaussian process), or "auto" (the one that predicts best); "ancestor" is
+            a baseline for benchmarks (see `tiltopt.surrogates.ancestor`).
         X: (n, d), features; Y: (n, 1), answers, higher is better, reward units.
         sem: known standard error of the answers, reward units: None, one number, or (n, 1).
         generator: of everything random in the fit; by default one seeded with 0.
@@ -79,4 +81,6 @@ def _fit(name: str, data: Data, generator: Generator, options: dict[str, Any]) -
         return fit_ensemble(data, generator=generator, **options)
     if name == "gp":
         return fit_gp(data, generator=generator, **options)
+    if name == "ancestor":
+        return AncestorModel.fit(data, generator=generator, **options)
     return fit_auto(data, generator=generator, fit=_fit, **options)

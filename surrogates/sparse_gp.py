@@ -36,6 +36,16 @@ class SparseGPModel(Model):
     kind: ClassVar[str] = "sparse_gp"
     num_outputs = 1
     batch_shape = torch.Size()
+    project: Any
+    kernel: Any
+    Z: Tensor
+    R: Tensor
+    L: Tensor
+    coefficients: Tensor
+    constant: Tensor
+    y_mean: Tensor
+    y_scale: Tensor
+    noise_variance: Tensor
 
     def __init__(self, project: Project, kernel: nn.Module, tensors: dict[str, Tensor]) -> None:
         super().__init__()
@@ -95,7 +105,7 @@ class SparseGPModel(Model):
         self,
         X: Tensor,
         output_indices: list[int] | None = None,
-        observation_noise: bool = False,
+        observation_noise: bool | Tensor = False,
         posterior_transform: Any = None,
     ) -> GaussianPosterior:
         """Joint Gaussian over the q points of each batch, X (b) x q x d, in reward units."""
@@ -104,7 +114,9 @@ class SparseGPModel(Model):
         mean = self.constant + (a.mT @ self.coefficients[:, None]).squeeze(-1)
         w = torch.linalg.solve_triangular(self.L, a, upper=False)
         covariance_ = self.kernel(z).to_dense() - a.mT @ a + w.mT @ w
-        if observation_noise:
+        if isinstance(observation_noise, Tensor):
+            covariance_ = covariance_ + torch.diag_embed(observation_noise.squeeze(-1).expand_as(mean))
+        elif observation_noise:
             covariance_ = covariance_ + torch.diag_embed((self.noise_variance / self.y_scale**2).expand_as(mean))
         mvn = MultivariateNormal(self.y_mean + self.y_scale * mean, to_linear_operator(self.y_scale**2 * covariance_))
         posterior = GaussianPosterior(mvn)

@@ -22,6 +22,9 @@ class Trunk(nn.Module):
         generator: draws the initial weights, N(0, 2 / fan_in); None leaves zeros, to be loaded.
     """
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self, sizes: tuple[int, ...], generator: Generator | None = None) -> None:
         super().__init__()
         self.sizes = tuple(sizes)

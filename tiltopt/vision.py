@@ -140,12 +140,13 @@ class CLIPVision:
         source = resolve(path)
         try:
             with _no_progress_bar():
-                model, info = CLIPModel.from_pretrained(source, output_loading_info=True)
+                loaded: Any = CLIPModel.from_pretrained(source, output_loading_info=True)
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(
                 f'no CLIP model at `{source}`: {error}. Give "embedded", a folder saved by CLIPModel.save_pretrained, '
                 "or a hub id that is reachable or cached."
             ) from error
+        model, info = loaded
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
             raise ConfigError(
