@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,11 @@ def kill(folder: Path, boundaries: int, instants: int) -> dict[str, object]:
 
 
 @pytest.fixture
-def memory(tmp_path: Path) -> Path:
+def memory() -> Iterator[Path]:
     """A folder in memory where there is one: what is tested is the order of writes, not the disk."""
     shared = Path("/dev/shm")
-    return Path(tempfile.mkdtemp(prefix="tiltopt-", dir=shared)) if os.access(shared, os.W_OK) else tmp_path
+    with tempfile.TemporaryDirectory(prefix="tiltopt-", dir=shared if os.access(shared, os.W_OK) else None) as folder:
+        yield Path(folder)
 
 
 def test_killed_at_every_write_boundary_and_at_sixty_random_instants(memory: Path) -> None:
