@@ -166,6 +166,7 @@ def _evaluate(settings: Settings, team: Team) -> None:
     """A saved surrogate, on the prompts of the settings. Collective."""
     from tiltopt.online.diffusion_engine import DiffusionEngine
     from tiltopt.online.evaluate import check_evaluation, evaluate, evaluation_settings
+    from tiltopt.online.evaluation_summary import evaluation_table
     from tiltopt.online.judge import Judge
 
     settings = evaluation_settings(settings)
@@ -181,7 +182,7 @@ def _evaluate(settings: Settings, team: Team) -> None:
         progress.close()
     if team.is_main:
         print()
-        print(round_table(summary))
+        print(evaluation_table(summary))
         print(f"\nreport: {Path(settings.run_dir) / 'report.html'}", flush=True)
 
 
