@@ -36,6 +36,7 @@ from tiltopt.embedded.recipe.common import (
 from tiltopt.embedded.recipe.compose import Pool
 from tiltopt.embedded.recipe.glyphs import ANIMALS, load
 from tiltopt.embedded.recipe.judge import shuffle_patches
+from tiltopt.embedded.recipe.tokenizer import save as save_tokenizer
 
 TOWER = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "projection_dim": 128}
 
@@ -232,8 +233,9 @@ def train(options: argparse.Namespace) -> Run:
             saved = time.monotonic()
     run.save()
     out = options.work / "clip" / "model"
-    for part in (run.model, run.tokenizer, processor()):
-        part.save_pretrained(out)
+    run.model.save_pretrained(out)
+    processor().save_pretrained(out)
+    save_tokenizer(run.tokenizer, out)
     held_out = Pool.open(options.work / "pools" / options.held_out)
     nouns = [g.noun for g in load(options.work / "glyphs.npz")[1]]
     shown = [nouns[g] for g in held_out.codes["glyph"][:2000]]

@@ -47,12 +47,13 @@ def fit(words: Iterable[str], limit: int = 6000) -> CLIPTokenizer:
 
 
 def save(tokenizer: CLIPTokenizer, out: Path) -> None:
-    """Write the folder, the classic two files included."""
-    tokenizer.save_pretrained(out)
-    model = json.loads((out / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    """Write the folder, the classic two files included; nothing of how `tokenizer` was used before is kept."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=tokenizer.model_max_length).save_pretrained(out)
     (out / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
-    merges = "\n".join(m if isinstance(m, str) else " ".join(m) for m in model["merges"])
-    (out / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
+    lines = "\n".join(" ".join(m) for m in merges)
+    (out / "merges.txt").write_text(f"#version: 0.2\n{lines}\n", encoding="utf-8")
 
 
 def main() -> None:
