@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 
 from tests.contracts import generators
 from tiltopt.errors import ConfigError
+from tiltopt.samplers import resampling
 from tiltopt.samplers.resampling import SCHEMES, resample
 
 WEIGHTS = torch.tensor([0.03, 0.22, 0.0, 0.4, 0.101, 0.004, 0.145, 0.1], dtype=torch.float64)
@@ -17,9 +18,14 @@ NUM_DRAWS = 100_000
 
 
 def counts(name: str, weights: Tensor, num_draws: int) -> Tensor:
-    """(num_draws, P) numbers of children; all draws from one generator, shared by the rows in turn."""
-    one = Generator().manual_seed(11)
-    ancestors = resample(name, weights.log().expand(num_draws, -1), [one] * num_draws)
+    """(num_draws, P) numbers of children."""
+    uniforms = torch.rand(
+        num_draws,
+        1 if name == "systematic" else len(weights),
+        generator=Generator().manual_seed(11),
+        dtype=torch.float64,
+    )
+    ancestors = getattr(resampling, name)(weights.expand(num_draws, -1).contiguous(), uniforms)
     assert ((ancestors >= 0) & (ancestors < len(weights))).all()
     return torch.zeros(num_draws, len(weights), dtype=torch.float64).scatter_add(
         1, ancestors, torch.ones(ancestors.shape, dtype=torch.float64)
