@@ -12,7 +12,7 @@ from linear_operator.operators import to_linear_operator
 from torch import Generator, Tensor, nn
 
 from tiltopt.surrogates.data import Data, device_only
-from tiltopt.surrogates.gp import GPModel, Project, covariance, draw_prior
+from tiltopt.surrogates.gp import GPModel, Project, covariance, cross_covariance, draw_prior
 from tiltopt.surrogates.linear import GaussianPosterior, SampledFunction
 
 CHUNK = 8192
@@ -99,7 +99,9 @@ class SparseGPModel(Model):
 
     def _whitened(self, z: Tensor) -> Tensor:
         """a(x), (b) x m x q, of projected points z, (b) x q x k."""
-        return torch.linalg.solve_triangular(self.R, self.kernel(self.Z, z).to_dense(), upper=False)
+        k = cross_covariance(self.kernel, z, self.Z)
+        flat = torch.linalg.solve_triangular(self.R, k.reshape(-1, k.shape[-1]).T, upper=False)
+        return flat.T.reshape(k.shape).mT
 
     def posterior(
         self,
@@ -112,7 +114,8 @@ class SparseGPModel(Model):
         z = self.project.transform(X.to(self.Z))
         a = self._whitened(z)
         mean = self.constant + (a.mT @ self.coefficients[:, None]).squeeze(-1)
-        w = torch.linalg.solve_triangular(self.L, a, upper=False)
+        flat = a.mT.reshape(-1, a.shape[-2]).T  # (m, b q): one solve for all batches
+        w = torch.linalg.solve_triangular(self.L, flat, upper=False).T.reshape(a.mT.shape).mT
         covariance_ = self.kernel(z).to_dense() - a.mT @ a + w.mT @ w
         if isinstance(observation_noise, Tensor):
             covariance_ = covariance_ + torch.diag_embed(observation_noise.squeeze(-1).expand_as(mean))
