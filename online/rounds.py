@@ -94,13 +94,14 @@ def plan_of(settings: Settings, scores: Sequence[Mapping[str, Any]]) -> Plan:
 
 def summarise(store: Store, record: RoundRecord) -> dict[str, Any]:
     """What a round amounts to, as plain JSON values; see `docs/loop.md` for the keys."""
-    statistics = round_statistics(store.frame(), record.round)
+    statistics = round_statistics(store.frame(record.round), record.round)
     d = store.diagnostics(record.round)
     answered = d[d["state"] == "answered"]
     mean = {name: (None if answered[name].isna().all() else float(answered[name].mean())) for name in ("ess", "log_z")}
     return jsonable(
         statistics
         | {
+            "queries": store.asked_through(record.round),
             "kind": record.kind,
             "size": record.size,
             "states": store.counts(record.round),

@@ -217,22 +217,25 @@ class Store:
             raise StoreError(f"unknown query {number}: {has}.")
         return row
 
-    def frame(self) -> pd.DataFrame:
-        """Every query with the columns of `COLUMNS`, in order."""
-        names = ["number", *COLUMNS[1:]]
-        query = (
-            select(*(queries.c[name] for name in names))
-            .where(queries.c.run_id == self.run_id)
-            .order_by(queries.c.number)
-        )
+    def frame(self, round_: int | None = None) -> pd.DataFrame:
+        """Every query, or those of one round, with the columns of `COLUMNS`, in order."""
+        chosen = select(*(queries.c[name] for name in ("number", *COLUMNS[1:]))).where(queries.c.run_id == self.run_id)
+        if round_ is not None:
+            chosen = chosen.where(queries.c.round == round_)
         with self.database.reading() as c:
-            rows = c.execute(query).all()
+            rows = c.execute(chosen.order_by(queries.c.number)).all()
         frame = pd.DataFrame(rows, columns=COLUMNS)
         for name in ("id", "round", "seed"):
             frame[name] = frame[name].astype("int64")
         for name in ("value", "sem", "predicted", "predicted_sd"):
             frame[name] = frame[name].astype("float64")
         return frame
+
+    def asked_through(self, round_: int) -> int:
+        """How many queries were asked up to the end of a round."""
+        last = select(func.max(queries.c.number)).where(queries.c.run_id == self.run_id, queries.c.round == round_)
+        with self.database.reading() as c:
+            return c.execute(last).scalar() or 0
 
     def diagnostics(self, round_: int) -> pd.DataFrame:
         """Numbers of one round's queries: id, state, value, predicted, predicted_sd, acquired, ess, log_z."""
