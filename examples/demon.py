@@ -2,7 +2,7 @@
 
 import torch
 
-from tiltopt.online.diffusion_engine import to_images
+from tiltopt.online.pictures import to_images
 from tiltopt.online.direct import BlackBoxPotential
 from tiltopt.rewards import make_reward
 from tiltopt.samplers.demon import Demon

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from botorch.models.model import Model
 from PIL import Image
@@ -16,15 +15,17 @@ from torch import Tensor
 
 from tiltopt import surrogates
 from tiltopt.errors import TiltoptError
+from tiltopt.online.batching import StepCounter, concatenate
 from tiltopt.online.components import make_sampler, select_rule
 from tiltopt.online.engine import Ask, Data, Drawn, Plan
+from tiltopt.online.pictures import to_designs, to_images
 from tiltopt.online.pilot import Pilot
 from tiltopt.online.potential import AcquisitionPotential, alpha_for_kl
 from tiltopt.online.prompts import load_prompts, prompt_of
 from tiltopt.online.seeds import derive, generator, query_seed
 from tiltopt.online.settings import Settings
 from tiltopt.online.team import Team
-from tiltopt.samplers import PriorOnly, Sampler, Samples, StepInfo
+from tiltopt.samplers import PriorOnly, Sampler, Samples
 from tiltopt.samplers.diffusers_prior import DiffusersPrior, load_prior
 from tiltopt.samplers.pilot import run_pilot
 from tiltopt.samplers.tempering import Calibration
@@ -41,8 +42,8 @@ PILOT_CHAINS = 64
 class DiffusionEngine:
     """Draws designs from a (tilted) diffusion model. Models load at first use, so that building one costs nothing.
 
-    Queries are dealt to the ranks and drawn in groups of `settings.micro_batch` particles, each from its own generator:
-    an image depends on its query alone, whatever the number of processes.
+    Queries are drawn in groups of `settings.micro_batch` particles, each query from its own generator, and the groups
+    are dealt to the ranks: an image depends on its query alone, whatever the number of processes.
     """
 
     def __init__(self, settings: Settings, team: Team | None = None) -> None:
@@ -78,7 +79,8 @@ class DiffusionEngine:
 
     def draw_plain(self, asks: Sequence[Ask], progress: Progress | None = None) -> list[Drawn]:
         """Plain samples of the prior. Round 0 also lays down the pilot for later rounds."""
-        keeps_pilot = bool(asks) and asks[0].round == 0 and asks[0].index == 0 and Pilot.load(self._folder) is None
+        first = bool(asks) and asks[0].round == 0 and asks[0].index == 0
+        keeps_pilot = first and self.team.broadcast(self.team.is_main and Pilot.load(self._folder) is None)
         if keeps_pilot:
             return self._draw_pilot(asks, progress)
         return self._plain(asks, progress)
@@ -87,13 +89,12 @@ class DiffusionEngine:
         self, model: Model, data: Data, asks: Sequence[Ask], plan: Plan, progress: Progress | None = None
     ) -> list[Drawn]:
         """Samples of p(x) exp(acquisition / alpha), one per ask."""
-        mine = self.team.share(asks)
         per_query = self.settings.acquisition.name == "thompson"  # each query follows its own posterior draw
-        size = 1 if per_query else self._group_size(self.settings.sampler.num_particles)
-        tick = StepCounter(progress, -(-len(mine) // size) * self.prior.num_steps)
+        groups = self._deal(asks, 1 if per_query else self.settings.micro_batch // self.settings.sampler.num_particles)
+        tick = StepCounter(progress, len(groups) * self.prior.num_steps)
         shared = None if per_query else self._tilt(model, data, plan, derive(self.settings.seed, "acquisition"))
         out: list[tuple[int, Drawn]] = []
-        for group in _groups(mine, size):
+        for group in groups:
             potential, sampler = shared or self._tilt(model, data, plan, group[0][1].seed)
             samples = sampler.sample(
                 self.prior,
@@ -120,11 +121,10 @@ class DiffusionEngine:
         return potential, make_sampler(self.settings, **self._calibrated(potential))
 
     def _plain(self, asks: Sequence[Ask], progress: Progress | None) -> list[Drawn]:
-        mine = self.team.share(asks)
-        size = self._group_size(1)
-        tick = StepCounter(progress, -(-len(mine) // size) * self.prior.num_steps)
+        groups = self._deal(asks, self.settings.micro_batch)
+        tick = StepCounter(progress, len(groups) * self.prior.num_steps)
         out: list[tuple[int, Drawn]] = []
-        for group in _groups(mine, size):
+        for group in groups:
             samples = PriorOnly().sample(
                 self.prior,
                 _no_potential,
@@ -138,13 +138,12 @@ class DiffusionEngine:
 
     def _draw_pilot(self, asks: Sequence[Ask], progress: Progress | None) -> list[Drawn]:
         """Plain samples whose chains are looked at on the way: the same designs as `_plain`, and the pilot beside."""
-        mine = self.team.share(asks)
-        size = self._group_size(1)
-        tick = StepCounter(progress, -(-len(mine) // size) * self.prior.num_steps)
+        groups = self._deal(asks, self.settings.micro_batch)
+        tick = StepCounter(progress, len(groups) * self.prior.num_steps)
         out: list[tuple[int, Drawn]] = []
         looks: list[tuple[int, tuple[Tensor, Tensor, Tensor]]] = []
         steps: tuple[int, ...] = ()
-        for group in _groups(mine, size):
+        for group in groups:
             prompts = [ask.prompt for _, ask in group]
             gens = [generator(ask.seed, "sample") for _, ask in group]
             chains = run_pilot(self.prior, self._encode(prompts), generators=gens, callback=tick)
@@ -204,11 +203,18 @@ class DiffusionEngine:
             if prompt not in known:
                 known[prompt] = self.prior.encode([prompt])
         unique = list(dict.fromkeys(prompts))
-        stacked = _concatenate([known[p] for p in unique])
+        stacked = concatenate([known[p] for p in unique])
         return stacked.select([unique.index(p) for p in prompts])
 
-    def _group_size(self, num_particles: int) -> int:
-        return max(1, self.settings.micro_batch // num_particles)
+    def _deal(self, asks: Sequence[Ask], size: int) -> list[list[tuple[int, Ask]]]:
+        """This rank's groups of asks with their positions.
+
+        Groups are cut before they are dealt, so a group is the same, and its arithmetic too, on any number of ranks.
+        """
+        size = max(1, size)
+        placed = list(enumerate(asks))
+        groups = [placed[i : i + size] for i in range(0, len(placed), size)]
+        return [group for _, group in self.team.share(groups)]
 
     # ------------------------------------------------------------------ price and tempering
 
@@ -297,57 +303,7 @@ class DiffusionEngine:
         return {"prior": self.prior.describe(), "features": self.feature_id, "device": str(self.team.device)}
 
 
-def to_images(designs: Tensor) -> list[Image.Image]:
-    """(n, 3, H, W) in [0, 1] -> n 8-bit RGB images."""
-    pixels = (designs.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(p) for p in pixels]
-
-
-def to_designs(images: Sequence[Image.Image]) -> Tensor:
-    """n RGB images of one size -> (n, 3, H, W) float32 in [0, 1]."""
-    pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
-
-
 def _no_potential(designs: Tensor, cond: Conditioning) -> Tensor:
     """log G = 0."""
     del cond
     return designs.new_zeros(len(designs))
-
-
-def _concatenate(parts: Sequence[Conditioning]) -> Conditioning:
-    """Several conditionings as one."""
-
-    def join(trees: Sequence[Any]) -> Any:
-        first = trees[0]
-        if first is None:
-            return None
-        if isinstance(first, Tensor):
-            return torch.cat(list(trees))
-        if isinstance(first, dict):
-            return {k: join([t[k] for t in trees]) for k in first}
-        joined = [join(list(column)) for column in zip(*trees, strict=True)]
-        return type(first)(*joined) if hasattr(first, "_fields") else type(first)(joined)
-
-    return Conditioning(tuple(p for part in parts for p in part.prompts), join([part.embeds for part in parts]))
-
-
-def _groups(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for i in range(0, len(items), size):
-        yield items[i : i + size]
-
-
-class StepCounter:
-    """A sampler's callback that counts denoising steps over all groups."""
-
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self._progress = progress
-        self._total = total
-        self._done = 0
-
-    def __call__(self, info: StepInfo) -> None:
-        """Step 0 is the initial noise and is not counted."""
-        if info.k > 0:
-            self._done += 1
-            if self._progress is not None:
-                self._progress(self._done, self._total)

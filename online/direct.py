@@ -29,7 +29,7 @@ from tiltopt import rewards
 from tiltopt.errors import ConfigError, TiltoptError
 from tiltopt.online.commandline import parse
 from tiltopt.online.components import GUIDED, _check_path, make_sampler, select_rule
-from tiltopt.online.diffusion_engine import to_images
+from tiltopt.online.pictures import to_images
 from tiltopt.online.direct_settings import DirectSettings
 from tiltopt.online.files import image_path, write_atomic, write_image, write_json
 from tiltopt.online.seeds import generator, query_seed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +22,7 @@ class Team:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @classmethod
     def from_accelerate(cls, device: str = "auto", timeout_hours: float = 24.0) -> Team:
@@ -30,8 +30,8 @@ class Team:
 
         Args:
             device: "auto" for what accelerate assigns to the process, else a torch device.
-            timeout_hours: how long a rank waits for another; long, because rank 0 may wait for slow answers. A rank that
-                dies is noticed by the launcher, which ends the others.
+            timeout_hours: how long a rank waits for another; long, because rank 0 may wait for slow answers. A rank
+                that dies is noticed by the launcher, which ends the others.
         """
         from accelerate import Accelerator, InitProcessGroupKwargs
 

@@ -11,8 +11,9 @@ import torch
 
 from tests.tiny import tiny_clip, tiny_pipeline
 from tiltopt.errors import SurrogateError
-from tiltopt.online.diffusion_engine import DiffusionEngine, to_designs, to_images
+from tiltopt.online.diffusion_engine import DiffusionEngine
 from tiltopt.online.engine import Ask, Data, Drawn, Plan
+from tiltopt.online.pictures import to_designs, to_images
 from tiltopt.online.pilot import FILE, Pilot
 from tiltopt.online.prompts import prompt_of
 from tiltopt.online.seeds import query_seed
