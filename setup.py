@@ -53,7 +53,17 @@ setup(
         "wandb>=0.19",
     ],
     extras_require={
-        "test": ["setuptools>=77", "wheel", "pytest>=8", "ruff", "mypy", "build", "scikit-learn", "POT", "fonttools>=4.50"],
+        "test": [
+            "setuptools>=77",
+            "wheel",
+            "pytest>=8",
+            "ruff",
+            "mypy",
+            "build",
+            "scikit-learn",
+            "POT",
+            "fonttools>=4.50",
+        ],
         "recipe": ["fonttools>=4.50"],
         "bench": ["cma>=4", "matplotlib>=3.9", "POT", "scikit-learn"],
         "server": ["starlette", "uvicorn", "httpx", "openai", "psycopg[binary]"],

@@ -91,8 +91,8 @@ def check(settings: Settings) -> None:
     _one_of("model.name", settings.model.name, MODELS)
     _check_model_options(settings)
     _one_of("acquisition.name", settings.acquisition.name, ACQUISITIONS)
-    _check_path("prior.path", settings.prior.path, "model_index.json", "a StableDiffusionPipeline folder")
-    _check_path("features.path", settings.features.path, "config.json", "a CLIPModel folder")
+    check_path("prior.path", settings.prior.path, "model_index.json", "a StableDiffusionPipeline folder")
+    check_path("features.path", settings.features.path, "config.json", "a CLIPModel folder")
     try:
         rewards.validate(settings.reward.name, settings.reward.options)
     except TiltoptError as error:
@@ -124,7 +124,7 @@ def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
         raise ConfigError(f"`{key}`: expected one of {', '.join(known)}, got {value!r}.{hint}")
 
 
-def _check_path(key: str, value: str, marker: str, what: str) -> None:
+def check_path(key: str, value: str, marker: str, what: str) -> None:
     """A local folder must hold `marker`; "embedded" and hub ids (owner/name) are looked up when they are loaded."""
     path = Path(value)
     if value == "embedded" or (path.is_dir() and (path / marker).is_file()):

@@ -28,10 +28,10 @@ from tqdm import tqdm
 from tiltopt import rewards
 from tiltopt.errors import ConfigError, TiltoptError
 from tiltopt.online.commandline import parse
-from tiltopt.online.components import GUIDED, _check_path, make_sampler, select_rule
-from tiltopt.online.pictures import to_images
+from tiltopt.online.components import GUIDED, check_path, make_sampler, select_rule
 from tiltopt.online.direct_settings import DirectSettings
 from tiltopt.online.files import image_path, write_atomic, write_image, write_json
+from tiltopt.online.pictures import to_images
 from tiltopt.online.seeds import generator, query_seed
 from tiltopt.online.team import Team
 from tiltopt.online.together import on_main
@@ -91,7 +91,7 @@ def check(settings: DirectSettings) -> None:
     make_sampler(settings.as_run())
     select_rule(settings.as_run())
     rewards.validate(settings.reward.name, settings.reward.options)
-    _check_path("prior.path", settings.prior.path, "model_index.json", "a StableDiffusionPipeline folder")
+    check_path("prior.path", settings.prior.path, "model_index.json", "a StableDiffusionPipeline folder")
     if settings.sampler.name in GUIDED and settings.prior.eta == 0:
         raise ConfigError(
             f"`prior.eta`: the guided sampler {settings.sampler.name!r} needs stochastic steps, eta > 0, got 0. "
