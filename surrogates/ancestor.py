@@ -178,7 +178,7 @@ def _train(layers: Layers, X: Tensor, y: Tensor, epochs: int, generator: Generat
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
-    if not all(torch.isfinite(p).all() for layer in layers for p in layer):
+    if not math.isfinite(loss.item()) or not all(torch.isfinite(p).all() for layer in layers for p in layer):
         raise SurrogateError(
             f"the surrogate `ancestor` diverged on answers up to {y.abs().max().item():.3g}: it does not scale them. "
             "Use `linear`, or a reward of unit order."
