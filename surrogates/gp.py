@@ -147,7 +147,7 @@ class GPModel(SingleTaskGP):
         """Moves between devices but stays in float64."""
         return super()._apply(device_only(fn))
 
-    def posterior(
+    def posterior(  # type: ignore[override]  # the signature of BoTorch's multi-output GPs
         self,
         X: Tensor,
         output_indices: list[int] | None = None,
