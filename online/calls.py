@@ -178,6 +178,7 @@ class Calls:
         prompts = [self.items[i][2] for i in job.positions]
 
         def work() -> None:
+            reply: Any
             try:
                 reply = self.runner.black_box(images, prompts)
             except BaseException as error:  # a worker has no caller to raise to: the run's thread settles it

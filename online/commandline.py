@@ -33,7 +33,8 @@ def parse(argv: Sequence[str]) -> ConfigDict:
     """
     source, overrides = _split(argv)
     config = _flagged(source, [])
-    known, options = [], []
+    known: list[tuple[str, str]] = []
+    options: list[tuple[str, str]] = []
     for key, text in overrides:
         section, _, rest = key.partition(".")
         is_option = (

@@ -229,11 +229,17 @@ def _save(
 ) -> dict[str, Any]:
     """Everything that was drawn, scored; returns the summary."""
     values = score(box, [d.image for d in drawn], prompts)
-    results, trace = [], []
+    results: list[dict[str, Any]] = []
+    trace: list[dict[str, Any]] = []
     for i, (prompt, d, value) in enumerate(zip(prompts, drawn, values, strict=True)):
         write_image(image_path(folder, i + 1), d.image)
         ess = float(torch.exp(-torch.logsumexp(2 * d.log_w, dim=0)))
-        row = {"image": i + 1, "prompt": prompt, "seed": query_seed(settings.seed, 0, i), "reward": _number(value)}
+        row: dict[str, Any] = {
+            "image": i + 1,
+            "prompt": prompt,
+            "seed": query_seed(settings.seed, 0, i),
+            "reward": _number(value),
+        }
         results.append(row | {"picked": d.picked, "ess": ess, "log_z": _number(float(d.log_z))})
         trace += [{"image": i + 1} | {k: _number(v) for k, v in line.items()} for line in d.trace]
     for name, lines in (("results.jsonl", results), ("trace.jsonl", trace)):

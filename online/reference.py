@@ -66,7 +66,7 @@ def score_reference(
     )
     runner.run(items, keep, lambda done, total: hooks.on_progress("black box", done, total))
     for ask, d in list(zip(asks, drawn, strict=True))[:SHOWN]:
-        files.write_atomic(folder / f"{ask.number:06d}.png", lambda f, image=d.image: image.save(f, "PNG"))
+        files.write_image(folder / f"{ask.number:06d}.png", d.image)
     prompts = [ask.prompt for ask in asks]
     values = {
         "values": [answers.get(ask.number) for ask in asks],

@@ -318,6 +318,7 @@ def noise_model() -> GaussianLikelihood:
 
 def _floored(data: Data) -> Tensor:
     """Known variances, floored at a millionth of the variance of the answers so that the GP stays solvable."""
+    assert data.sem is not None
     return data.sem.square().clamp_min(1e-6 * data.y.var())
 
 

@@ -12,7 +12,7 @@ from tiltopt.surrogates.evidence import solve
 from tiltopt.surrogates.linear import LinearModel
 from tiltopt.surrogates.trunk import Trunk, precision, train_regressors, trunk_sizes
 
-MIN_VALIDATION = 8  # held-out answers below which they say nothing of the variances
+MIN_VALIDATION = 8  # held-out answers below which the trunk stays random
 PSEUDO = 24  # pseudo-answers that pull the inflation towards 1
 
 
@@ -30,7 +30,7 @@ class LastLayerModel(LinearModel):
     kind: ClassVar[str] = "last_layer"
 
     @classmethod
-    def fit(
+    def fit(  # type: ignore[override]  # a trunk needs a generator
         cls,
         data: Data,
         *,
@@ -48,7 +48,8 @@ class LastLayerModel(LinearModel):
             hidden, features: widths of the two layers.
             strength: see `evidence.solve`.
             validation: share of the answers held out from the trunk, drawn at random.
-            max_epochs: passes over the answers; training stops 25 passes after the best one.
+            max_epochs: passes over the answers; training stops 25 passes after the best one. With fewer than 8 held-out
+                answers (40 in all) the trunk is not trained and its features stay random.
         """
         mean, scale = data.X.mean(dim=0), _scale(data.X)
         z = (data.X - mean) / scale
@@ -56,6 +57,8 @@ class LastLayerModel(LinearModel):
         y = (data.y - data.y.mean()) / y_scale
         held_out = split(len(data), validation, generator).to(y.device)
         weights = precision(None if data.sem is None else data.sem / y_scale, y)
+        if held_out.sum() < MIN_VALIDATION:
+            max_epochs = 0  # what is learnt from so few cannot be checked; random features have learnt nothing wrong
         sizes = trunk_sizes(data.X.shape[1], {"hidden": hidden, "features": features})
         state = train_regressors(
             z, y, (weights * ~held_out)[None], (weights * held_out)[None], sizes, generator, max_epochs=max_epochs

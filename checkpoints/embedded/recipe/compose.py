@@ -236,7 +236,7 @@ def encode_labels(pictures: Sequence[Picture], glyphs: list[Glyph]) -> tuple[dic
         return index.setdefault(word, len(index))
 
     def padded(words: Sequence[str]) -> list[int]:
-        return [code(w) for w in (*words, *words[:1] * 4)[:4]]
+        return [code(w) for w in (list(words) + [words[0]] * 4)[:4]]
 
     codes = {
         "glyph": np.array([p.glyph for p in pictures], np.int32),
@@ -274,7 +274,7 @@ def make_pool(work: Path, name: str, count: int, *, seed: int, look: Look = Look
         pictures = [p for span in spans for p in _chunk(work, look, name, seed, *span)]
     codes, words = encode_labels(pictures, _glyphs(work / "glyphs.npz")[1])
     np.save(folder / "images.npy", np.stack([p.image for p in pictures]))
-    np.savez(folder / "codes.npz", **codes)
+    np.savez(folder / "codes.npz", **codes)  # type: ignore[arg-type]
     meta = {"captions": [p.caption for p in pictures], "words": words, "seed": seed, "count": count}
     (folder / "captions.json").write_text(json.dumps(meta), encoding="utf-8")
     return Pool.open(folder)

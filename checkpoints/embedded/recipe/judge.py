@@ -174,7 +174,7 @@ def train(options: argparse.Namespace) -> Judge:
     data, held_images, held_classes = load_data(options)
     with torch.random.fork_rng():
         torch.random.default_generator.manual_seed(options.seed)
-        net = JudgeNet().to(memory_format=torch.channels_last)
+        net = JudgeNet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     tensors = [v for v in net.state_dict().values() if v.is_floating_point()]  # weights and running statistics
     average = Average(tensors, 0.998)
     optimiser = torch.optim.AdamW(net.parameters(), lr=options.lr, weight_decay=0.02, betas=(0.9, 0.98), fused=True)

@@ -164,7 +164,7 @@ class Measurement:
             Tables.open(self.held_out.folder),
             Objective(DDIMScheduler.from_config(self.pipeline.scheduler.config), "cpu"),
         )
-        out = {"v_error": [], "loss": []}
+        out: dict[str, list[float]] = {"v_error": [], "loss": []}
         with torch.no_grad():
             for i in range(self.options.loss_batches):
                 loss, error = objective(self.pipeline.unet, draw(tables, 100, "held out", i, dropout=0.1))
