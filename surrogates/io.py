@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import uuid
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -69,7 +69,9 @@ def save(
         "versions": {name: _version(name) for name in ("tiltopt", "torch", "botorch", "gpytorch")},
         "extra": extra or {},
     }
-    stamp = uuid.uuid4().hex  # a JSON and a tensor file of different saves must not be taken for one surrogate
+    # a JSON and a tensor file of different surrogates must not be taken for one; the same surrogate gives the same bytes
+    content = save_tensors(tensors) + json.dumps(settings, sort_keys=True).encode()
+    stamp = hashlib.sha256(content).hexdigest()[:32]
     settings["stamp"] = stamp
     _write(folder / TENSORS, save_tensors(tensors, metadata={"stamp": stamp}))
     _write(folder / SETTINGS, json.dumps(settings, indent=1, sort_keys=True).encode())
