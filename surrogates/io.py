@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -69,7 +70,7 @@ def save(
         "versions": {name: _version(name) for name in ("tiltopt", "torch", "botorch", "gpytorch")},
         "extra": extra or {},
     }
-    # a JSON and a tensor file of different surrogates must not be taken for one; the same surrogate gives the same bytes
+    # files of different surrogates must not be taken for one, and the same surrogate gives the same bytes
     content = save_tensors(tensors) + json.dumps(settings, sort_keys=True).encode()
     stamp = hashlib.sha256(content).hexdigest()[:32]
     settings["stamp"] = stamp
