@@ -1,0 +1,69 @@
+"""What is said of a batch of images, by things that no method has seen: an independent judge, and CLIP's projection."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tiltopt.online.diffusion_engine import to_designs
+from tiltopt.online.judge import Judge
+from tiltopt.online.reference import fidelity
+from tiltopt.surrogates.features import FeatureMap, make_features
+
+
+class Measures:
+    """Fidelity and diversity of images.
+
+    Args:
+        features: the CLIP model ("embedded", a folder, or a hub id).
+    """
+
+    def __init__(self, features: str = "embedded") -> None:
+        self._features = features
+
+    @cached_property
+    def _judge(self) -> Judge:
+        return Judge.load()
+
+    @cached_property
+    def _projection(self) -> FeatureMap:
+        return make_features(path=self._features, kind="projection")
+
+    def fidelity(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> float | None:
+        """Share of the images that show their prompt's animal to the judge; None where no prompt names one."""
+        return fidelity(self._judge, list(images), list(prompts))
+
+    def diversity(self, images: Sequence[Image.Image]) -> float:
+        """Mean over pairs of 1 - cosine of the images' CLIP projections, in [0, 2]; prompts play no part."""
+        with torch.no_grad():
+            return spread(self._projection(to_designs(images)))
+
+
+def spread(features: Tensor) -> float:
+    """Mean of 1 - cosine over all pairs of rows (n, d), n >= 2."""
+    z = torch.nn.functional.normalize(features.double(), dim=-1)
+    n = len(z)
+    return float(1 - (z.sum(0).square().sum() - n) / (n * (n - 1)))
+
+
+def weights_id(path: str) -> str:
+    """First 8 hexadecimal digits of the SHA-256 of a prior's weights, by which its runs are told from others'.
+
+    Raises:
+        FileNotFoundError: for a prior that is not in a local folder.
+    """
+    folder = Path(str(resources.files("tiltopt.embedded") / "pipeline")) if path == "embedded" else Path(path)
+    if not (folder / "unet").is_dir():
+        raise FileNotFoundError(f"{folder} holds no `unet` folder; give a local StableDiffusionPipeline folder.")
+    digest = hashlib.sha256()
+    for part in ("unet", "vae", "text_encoder"):
+        for file in sorted((folder / part).glob("*.safetensors")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:8]

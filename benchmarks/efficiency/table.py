@@ -1,0 +1,137 @@
+"""From finished cells to the numbers that are compared: means over seeds with 95 % intervals, and queries to a goal."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from scipy import stats
+
+from benchmarks.efficiency.cells import Budget
+from benchmarks.efficiency.methods import DEFAULT, METHODS
+from tiltopt.online.tables import table
+
+Row = Mapping[str, Any]
+
+
+def interval(values: Iterable[float | None]) -> dict[str, float | int | None]:
+    """Mean over seeds and the half width of its 95 % t interval, t_{.975, n-1} s / sqrt(n); None for one seed."""
+    x = [float(v) for v in values if v is not None and math.isfinite(v)]
+    if not x:
+        return {"mean": None, "half_width": None, "n": 0}
+    half = None
+    if len(x) > 1:
+        half = float(stats.t.ppf(0.975, len(x) - 1)) * statistics.stdev(x) / math.sqrt(len(x))
+    return {"mean": statistics.fmean(x), "half_width": half, "n": len(x)}
+
+
+def aggregate(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """One block per reward and budget: every method's rounds, last round and cost, and the queries to the goal."""
+    groups = sorted({(row["reward"], row["budget"]) for row in rows}, key=lambda g: (g[0], -Budget.parse(g[1]).total))
+    return [_block(reward, Budget.parse(budget), rows) for reward, budget in groups]
+
+
+def _block(reward: str, budget: Budget, rows: Sequence[Row]) -> dict[str, Any]:
+    methods: dict[str, Any] = {}
+    for name in METHODS:
+        mine = [r for r in rows if (r["reward"], r["budget"], r["method"]) == (reward, str(budget), name)]
+        if mine:
+            methods[name] = _method(mine)
+    plain = methods.get("prior", {}).get("fidelity", {}).get("mean")
+    for summary in methods.values():
+        mean = summary["fidelity"]["mean"]
+        summary["fidelity_of_prior"] = None if not plain or mean is None else mean / plain
+    return {"reward": reward, "budget": str(budget), "methods": methods, "goal": goal(methods, budget)}
+
+
+def _method(rows: Sequence[Row]) -> dict[str, Any]:
+    """One method on one reward and budget, over its seeds."""
+    rounds = [
+        {"queries": row["queries"]} | {"mean": interval(r["rounds"][i]["mean"] for r in rows)}
+        for i, row in enumerate(rows[0]["rounds"])
+    ]
+    last = [row["rounds"][-1] for row in rows]
+    return {
+        "seeds": sorted(row["seed"] for row in rows),
+        "rounds": rounds,
+        "last": rounds[-1]["mean"],
+        "best": interval(r["best"] for r in last),
+        "fidelity": interval(r["fidelity"] for r in last),
+        "diversity": interval(r["diversity"] for r in last),
+        "evaluations": interval(row["evaluations"] for row in rows),
+        "seconds": interval(row["seconds"] for row in rows),
+    }
+
+
+def goal(methods: Mapping[str, Any], budget: Budget) -> dict[str, Any] | None:
+    """After how many queries our default reached what the best baseline has in its last round.
+
+    Returns:
+        `baseline`, `value` (its mean over seeds), `queries` (of our default, at the end of the first round whose mean
+        over seeds is as high; None if no round is), and `tilted_queries` (those of them after round 0, which is the
+        same plain samples for every method and teaches only); None unless our default and a baseline have run.
+    """
+    baselines = {n: m["last"]["mean"] for n, m in methods.items() if METHODS[n].kind == "baseline"}
+    if DEFAULT not in methods or not baselines:
+        return None
+    name = max(baselines, key=baselines.__getitem__)
+    reached = [r["queries"] for r in methods[DEFAULT]["rounds"] if r["mean"]["mean"] >= baselines[name]]
+    queries = reached[0] if reached else None
+    return {
+        "baseline": name,
+        "value": baselines[name],
+        "queries": queries,
+        "tilted_queries": None if queries is None else queries - budget.initial,
+        "of": budget.total,
+        "tilted_of": budget.total - budget.initial,
+    }
+
+
+def text(blocks: Sequence[Mapping[str, Any]]) -> str:
+    """The table for people."""
+    parts = []
+    for block in blocks:
+        cells = []
+        for name, m in block["methods"].items():
+            numbers = [m[key] for key in ("last", "best", "fidelity", "diversity")]
+            ratio = m["fidelity_of_prior"]
+            cells.append(
+                [METHODS[name].label, *map(shown, numbers), "" if ratio is None else f"{ratio:.2f}",
+                 f"{m['evaluations']['mean']:.0f}", f"{m['seconds']['mean']:.0f}", str(len(m["seeds"]))]
+            )  # fmt: skip
+        head = [
+            "method",
+            "last round",
+            "best",
+            "fidelity",
+            "diversity",
+            "of prior's",
+            "evaluations",
+            "seconds",
+            "seeds",
+        ]
+        parts.append(f"{block['reward']}, {block['budget']} queries\n{table(head, cells)}\n{sentence(block)}")
+    return "\n\n".join(parts)
+
+
+def shown(x: Mapping[str, Any]) -> str:
+    """mean +- half width, three significant digits."""
+    if x["mean"] is None:
+        return "-"
+    return f"{x['mean']:.3g}" + ("" if x["half_width"] is None else f" ± {x['half_width']:.2g}")
+
+
+def sentence(block: Mapping[str, Any]) -> str:
+    """The goal in words."""
+    goal = block["goal"]
+    if goal is None:
+        return "no comparison yet: our default and at least one baseline must have run."
+    best = f"the best baseline, {METHODS[goal['baseline']].label}, ends at {goal['value']:.4g}"
+    if goal["queries"] is None:
+        return f"{best}; our default has not reached that in {goal['of']} queries."
+    return (
+        f"{best}; our default reached that after {goal['queries']} of {goal['of']} queries, "
+        f"{goal['tilted_queries']} of {goal['tilted_of']} after round 0."
+    )
