@@ -316,6 +316,19 @@ def test_the_trust_region_doubles_halves_and_collapses() -> None:
     assert region.collapsed
 
 
+@pytest.mark.parametrize("sizes", [(8, 2, 2, 2), (16, 8, 8), (64, 16, 16)])
+def test_cma_es_takes_every_size_of_round_in_many_dimensions(sizes: tuple[int, ...]) -> None:
+    search, values = CMAES(1024, sizes[-1], 0), []
+    for size in sizes:
+        noise = search.ask(size)
+        assert noise.shape == (size, 1024)
+        assert len(noise.unique(dim=0)) == size
+        values.append(noise.mean(1))
+        search.tell(values[-1])
+    assert values[0].abs().mean() < 0.1  # round 0 is N(0, I) on the sphere: the mean of a row has deviation 1 / 32
+    assert values[-1].mean() > 0
+
+
 @pytest.mark.parametrize("kind", ["cma_es", "turbo"])
 def test_searches_over_noise_climb_and_stay_typical(kind: str) -> None:
     dim = 24

@@ -56,6 +56,7 @@ class CMAES:
 
         rng = np.random.default_rng(seed)
         options: dict[str, Any] = {"popsize": batch, "CMA_diagonal": True, "verbose": -9, "verb_log": 0}
+        options["AdaptSigma"] = cma.sigma_adaptation.CMAAdaptSigmaCSA  # the other rule spends two queries of each round
         options |= {"randn": lambda *shape: rng.standard_normal(shape), "seed": np.nan}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
