@@ -4,10 +4,10 @@
     python -m benchmarks.query_efficiency --rewards symmetry --methods linear_ucb greedy --seeds 0 --budgets 16+8x4
     python -m benchmarks.query_efficiency --table                 # the table, its JSON, and the picture
 
-A cell is one run of one method: (reward, method, seed, budget). Its line is on the disk the moment it is done, cells
-that have a line are not run again, and a cell of the loop that was killed goes on where it stood. So the benchmark can
-be run in pieces, in the background, and by several processes with different `--seeds`. docs/query_efficiency.md says
-what is compared, and how.
+A cell is one run of one method: (reward, method, seed, budget), on given weights. Its line is on the disk the moment it
+is done, cells that have a line are not run again, and a cell of the loop that was killed goes on where it stood. So the
+benchmark can be run in pieces, in the background, and by several processes with different `--seeds`.
+docs/query_efficiency.md says what is compared, and how.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rewards", nargs="+", choices=list(REWARDS), default=list(REWARDS), metavar="REWARD")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--budgets", nargs="+", type=Budget.parse, default=["64+16x4", "16+8x4"], metavar="N+BxR")
+    parser.add_argument("--budgets", nargs="+", type=Budget.parse, default=["16+8x4", "64+16x4"], metavar="N+BxR")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further cell after this long")
     parser.add_argument("--table", action="store_true", help="run nothing; print the table, write JSON and picture")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the lines of the finished cells")
@@ -120,9 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 when nothing is missing or the table was made, 3 when cells are left, 1 on an error."""
     options = parse(argv)
     torch.set_num_threads(1)
-    path = dict(change.split("=", 1) for change in options.set).get("prior.path", "embedded")
+    changes = dict(change.split("=", 1) for change in options.set)
     try:
-        prior = weights_id(path)
+        prior = weights_id(changes.get("prior.path", "embedded"), changes.get("features.path", "embedded"))
     except FileNotFoundError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

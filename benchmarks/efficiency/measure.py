@@ -53,17 +53,25 @@ def spread(features: Tensor) -> float:
     return float(1 - (z.sum(0).square().sum() - n) / (n * (n - 1)))
 
 
-def weights_id(path: str) -> str:
-    """First 8 hexadecimal digits of the SHA-256 of a prior's weights, by which its runs are told from others'.
+def weights_id(prior: str = "embedded", features: str = "embedded") -> str:
+    """First 8 hexadecimal digits of the SHA-256 of the weights of a prior and of a CLIP model.
+
+    Runs on other weights are other runs.
+
+    Args:
+        prior, features: "embedded", or local folders of a StableDiffusionPipeline and of a CLIPModel.
 
     Raises:
-        FileNotFoundError: for a prior that is not in a local folder.
+        FileNotFoundError: for weights that are not in a local folder.
     """
-    folder = Path(str(resources.files("tiltopt.embedded") / "pipeline")) if path == "embedded" else Path(path)
-    if not (folder / "unet").is_dir():
-        raise FileNotFoundError(f"{folder} holds no `unet` folder; give a local StableDiffusionPipeline folder.")
+    embedded = Path(str(resources.files("tiltopt.embedded")))
+    pipeline = embedded / "pipeline" if prior == "embedded" else Path(prior)
+    clip = embedded / "clip" if features == "embedded" else Path(features)
     digest = hashlib.sha256()
-    for part in ("unet", "vae", "text_encoder"):
-        for file in sorted((folder / part).glob("*.safetensors")):
+    for folder in (pipeline / "unet", pipeline / "vae", pipeline / "text_encoder", clip):
+        weights = sorted(folder.glob("*.safetensors"))
+        if not weights:
+            raise FileNotFoundError(f"{folder} holds no safetensors; give the folder of a model with `--set`.")
+        for file in weights:
             digest.update(file.read_bytes())
     return digest.hexdigest()[:8]

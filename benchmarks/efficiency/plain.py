@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -74,15 +75,16 @@ class CachedPlain(DiffusionEngine):
         drawn = super().draw_plain(asks, progress)
         seconds = time.monotonic() - started
         place.mkdir(parents=True, exist_ok=True)
+        temporary = place / f".{uuid.uuid4().hex}"  # other processes may be drawing the same samples
         if (self._folder / PILOT).is_file() and asks[0].round == 0:
-            shutil.copyfile(self._folder / PILOT, place / PILOT)
+            shutil.copyfile(self._folder / PILOT, temporary)
+            temporary.replace(place / PILOT)
         tensors = {
             "pixels": torch.stack([torch.frombuffer(bytearray(d.image.tobytes()), dtype=torch.uint8) for d in drawn]),
             "features": torch.stack([d.features for d in drawn]),
         }
         width, height = drawn[0].image.size
         tensors["pixels"] = tensors["pixels"].view(len(drawn), height, width, 3)
-        temporary = place / ".samples.tmp"
         save_file(tensors, temporary, metadata={"seconds": repr(seconds)})
         temporary.replace(place / "samples.safetensors")
 

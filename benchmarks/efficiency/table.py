@@ -34,16 +34,23 @@ def aggregate(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _block(reward: str, budget: Budget, rows: Sequence[Row]) -> dict[str, Any]:
-    methods: dict[str, Any] = {}
-    for name in METHODS:
-        mine = [r for r in rows if (r["reward"], r["budget"], r["method"]) == (reward, str(budget), name)]
-        if mine:
-            methods[name] = _method(mine)
+    rows = [r for r in rows if (r["reward"], r["budget"]) == (reward, str(budget))]
+    present = [name for name in METHODS if any(r["method"] == name for r in rows)]
+    methods = {name: _method([r for r in rows if r["method"] == name]) for name in present}
     plain = methods.get("prior", {}).get("fidelity", {}).get("mean")
     for summary in methods.values():
         mean = summary["fidelity"]["mean"]
         summary["fidelity_of_prior"] = None if not plain or mean is None else mean / plain
-    return {"reward": reward, "budget": str(budget), "methods": methods, "goal": goal(methods, budget)}
+    return {"reward": reward, "budget": str(budget), "methods": methods, "goal": goal(_common(methods, rows), budget)}
+
+
+def _common(methods: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
+    """Our default and the baselines on the seeds that all of them have run: a goal compares like with like."""
+    methods = {name: m for name, m in methods.items() if METHODS[name].kind != "variant"}
+    seeds = set.intersection(*[set(m["seeds"]) for m in methods.values()]) if methods else set()
+    if not seeds:
+        return {}
+    return {name: _method([r for r in rows if r["method"] == name and r["seed"] in seeds]) for name in methods}
 
 
 def _method(rows: Sequence[Row]) -> dict[str, Any]:
@@ -72,6 +79,7 @@ def goal(methods: Mapping[str, Any], budget: Budget) -> dict[str, Any] | None:
         `baseline`, `value` (its mean over seeds), `queries` (of our default, at the end of the first round whose mean
         over seeds is as high; None if no round is), and `tilted_queries` (those of them after round 0, which is the
         same plain samples for every method and teaches only); None unless our default and a baseline have run.
+        The caller restricts `methods` to common seeds.
     """
     baselines = {n: m["last"]["mean"] for n, m in methods.items() if METHODS[n].kind == "baseline"}
     if DEFAULT not in methods or not baselines:
@@ -127,7 +135,7 @@ def sentence(block: Mapping[str, Any]) -> str:
     """The goal in words."""
     goal = block["goal"]
     if goal is None:
-        return "no comparison yet: our default and at least one baseline must have run."
+        return "no comparison yet: our default and at least one baseline must have run on a common seed."
     best = f"the best baseline, {METHODS[goal['baseline']].label}, ends at {goal['value']:.4g}"
     if goal["queries"] is None:
         return f"{best}; our default has not reached that in {goal['of']} queries."
