@@ -115,7 +115,7 @@ def test_the_settings_of_every_loop_method_are_valid(reward: str) -> None:
             settings = settings_of(Cell(reward, name, 5, Budget(64, 16, 4), "x"), Path("runs/x"), 0.25)
             check(settings)
             assert settings.seed == 5
-            assert settings.sampler.alpha == (0.007 if name == "gp_log_ei" else 0.25)
+            assert settings.sampler.alpha == (0.01 if name == "gp_log_ei" else 0.25)
             assert settings.reward.options == ({"seed": 1} if reward == "planted" else {})
 
 
