@@ -39,6 +39,10 @@ PILOT_CHAINS = 64
 """Plain chains kept for calibration; 64 calibrate nearly as well as 256."""
 
 
+LOGARITHMIC = ("log_ei", "qlog_ei")
+"""Acquisitions in nats of improvement: they promise no reward that an answer could be held against."""
+
+
 class DiffusionEngine:
     """Draws designs from a (tilted) diffusion model. Models load at first use, so that building one costs nothing.
 
@@ -180,10 +184,11 @@ class DiffusionEngine:
                     extra = {
                         "predicted": float(posterior.mean),
                         "predicted_sd": float(posterior.variance.clamp_min(0).sqrt()),
-                        "acquired": float(acquisition(row.unsqueeze(-2))),
                         "ess": float(samples.ess[i]),
                         "log_z": float(samples.log_z[i]),
                     }
+                if self.settings.acquisition.name not in LOGARITHMIC:
+                    extra["acquired"] = float(acquisition(row.unsqueeze(-2)))
             drawn.append((position, Drawn(images[i], X[i], **extra)))
         return drawn
 

@@ -33,7 +33,8 @@ class Drawn:
         features: (d,) float32 on the CPU, the feature map of exactly that image.
         predicted: posterior mean of the reward at `features`, reward units; None for plain samples.
         predicted_sd: posterior standard deviation, reward units; None for plain samples.
-        acquired: acquisition value at `features`, reward units; None for plain samples.
+        acquired: acquisition value at `features`, reward units; None for plain samples and for acquisitions that are
+            not in reward units (log-EI).
         ess: effective sample size of the query's particles, in [1, num_particles]; None for plain samples.
         log_z: estimate of log E_prior[G] for the query, nats; None for plain samples.
     """

@@ -117,7 +117,8 @@ def test_every_acquisition_draws(settings: Settings, first: list[Drawn], name: s
     data = data_of(first)
     engine = DiffusionEngine(changed)
     drawn = engine.draw(engine.fit(data, 1), data, asks(settings, 1, 2), Plan(alpha=0.5, beta=1.0))
-    assert all(np.isfinite([d.predicted, d.predicted_sd, d.acquired]).all() for d in drawn)
+    assert all(np.isfinite([d.predicted, d.predicted_sd]).all() for d in drawn)
+    assert all((d.acquired is None) == (name == "log_ei") for d in drawn)
 
 
 def test_thompson_queries_follow_draws_of_their_own(settings: Settings, first: list[Drawn]) -> None:
