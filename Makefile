@@ -7,6 +7,11 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
+# one process that uses every core; without the last flag accelerate allows a CPU process one thread
+CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	--num_cpu_threads_per_process $(CORES)
+
 .PHONY: setup demo test lint types smoke check wheel clean-run
 
 setup: $(STAMP)
@@ -19,12 +24,10 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		online/main.py --config config/ucb.py:demo $(ARGS)
+	$(LAUNCH) online/main.py --config config/ucb.py:demo $(ARGS)
 
 smoke: $(STAMP)
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		online/main.py --config config/ucb.py:smoke $(ARGS)
+	$(LAUNCH) online/main.py --config config/ucb.py:smoke $(ARGS)
 
 test: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)

@@ -56,7 +56,7 @@ def test_every_preset_is_valid_and_survives_a_round_trip(name: str) -> None:
 def test_differences_name_the_keys() -> None:
     old = Settings.from_config(preset("demo"))
     new = Settings.from_config({**old.to_dict(), "seed": 7, "sampler": {**old.to_dict()["sampler"], "alpha": 1.0}})
-    assert differences(old, new) == ["sampler.alpha: 0.02 -> 1.0", "seed: 0 -> 7"]
+    assert differences(old, new) == ["sampler.alpha: 0.001 -> 1.0", "seed: 0 -> 7"]
 
 
 def test_the_command_line_overrides_known_keys_and_passes_options_on() -> None:
@@ -133,6 +133,8 @@ def test_the_lists_are_the_published_ones() -> None:
     assert len(BUILT_IN["simple_animals"]) == 40
     assert len(BUILT_IN["held_out_animals"]) == 10
     assert len(set(BUILT_IN["all_animals"])) == 50
+    assert set(BUILT_IN["demo_animals"]) <= set(BUILT_IN["simple_animals"])
+    assert len(BUILT_IN["demo_animals"]) == preset("demo").batch_size
 
 
 def test_seeds_are_named_and_do_not_collide() -> None:
