@@ -62,9 +62,7 @@ def demo() -> ConfigDict:
     config.micro_batch = 12
     config.sampler.num_particles = 12
     config.sampler.gradient_every = 4  # keeps the particles' weights exact at a quarter of the backward passes
-    config.sampler.max_shift = (
-        None  # follow gradients all the way: a demo is after good answers, not after a low variance
-    )
+    config.sampler.max_shift = _empty(float)  # unbounded drift: a demo is after good answers, not after a low variance
     config.sampler.alpha = 0.001  # kB per nat
     config.acquisition.adapt = True
     return config
