@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from tiltopt.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -36,7 +39,16 @@ class Team:
         from accelerate import Accelerator, InitProcessGroupKwargs
 
         patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=timeout_hours))
-        accelerator = Accelerator(kwargs_handlers=[patience])
+        # without being told, accelerate takes several CPU processes for several lonely ones
+        on_cpu = device == "cpu" or not torch.accelerator.is_available()
+        accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[patience])
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if accelerator.num_processes != started:
+            raise ConfigError(
+                f"expected {started} processes, as the launcher says, got {accelerator.num_processes} from accelerate. "
+                "Start them with torchrun, or with `accelerate launch --multi_gpu --num_processes N` "
+                "(ACCELERATE_USE_CPU=1 on CPUs)."
+            )
         chosen = accelerator.device if device == "auto" else torch.device(device)
         return cls(accelerator.process_index, accelerator.num_processes, chosen)
 
