@@ -21,7 +21,7 @@ HELD_OUT_ANIMALS = tuple("snail hippopotamus cheetah crocodile lobster octopus b
 """The evaluation prompts of SEIKO's and DAS's experiments."""
 
 DEMO_ANIMALS = tuple("cat dog horse monkey rabbit zebra bird sheep cow lion tiger bear".split())
-"""Twelve of them: a round of twelve queries asks each once, so that the rounds of a demo can be compared."""
+"""Twelve of them, each asked once in a round of twelve. Their answers spread less than those of all forty."""
 
 BUILT_IN = {
     "demo_animals": DEMO_ANIMALS,
