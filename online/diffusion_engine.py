@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tiltopt import surrogates
 from tiltopt.errors import TiltoptError
+from tiltopt.kinds import parse_kind
 from tiltopt.online.batching import StepCounter, concatenate
 from tiltopt.online.components import make_sampler, select_rule
 from tiltopt.online.engine import Ask, Data, Drawn, Plan
@@ -32,6 +33,7 @@ from tiltopt.samplers.tempering import Calibration
 from tiltopt.surrogates.acquisition import make_acquisition
 from tiltopt.surrogates.features import FeatureMap, make_features
 from tiltopt.surrogates.io import load, save
+from tiltopt.surrogates.preference import fit_pairwise
 from tiltopt.types import Conditioning
 
 Progress = Callable[[int, int], None]
@@ -72,7 +74,8 @@ class DiffusionEngine:
     def feature_map(self) -> FeatureMap:
         """Designs and prompts -> features."""
         s = self.settings.features
-        return make_features(path=s.path, kind=s.kind, prompt_features=s.prompt_features, device=self.team.device)
+        encoder = self.prior if "latent_stats" in parse_kind(s.kind) else None
+        return make_features(s.path, s.kind, s.prompt_features, self.team.device, encoder)
 
     @property
     def feature_id(self) -> str:
@@ -108,7 +111,7 @@ class DiffusionEngine:
                 generators=[generator(ask.seed, "sample") for _, ask in group],
                 callback=tick,
             )
-            out += self._finish(group, samples, model, potential.acquisition)
+            out += self._finish(group, samples, model, potential)
         return self.team.collect(out, len(asks))
 
     def _tilt(self, model: Model, data: Data, plan: Plan, seed: int) -> tuple[AcquisitionPotential, Sampler]:
@@ -117,7 +120,7 @@ class DiffusionEngine:
             self.settings.acquisition.name,
             model,
             beta=plan.beta,
-            best_f=float(data.Y.max()) if len(data.Y) else None,
+            best_f=_best(model, data),
             X_pending=data.pending if len(data.pending) else None,
             generator=generator(seed, "acquisition"),
         )
@@ -166,7 +169,11 @@ class DiffusionEngine:
         return self.team.collect(out, len(asks))
 
     def _finish(
-        self, group: Sequence[tuple[int, Ask]], samples: Samples, model: Model | None, acquisition: Any
+        self,
+        group: Sequence[tuple[int, Ask]],
+        samples: Samples,
+        model: Model | None,
+        potential: AcquisitionPotential | None,
     ) -> list[tuple[int, Drawn]]:
         """The chosen particle of each query, as the black box will see it, with what the surrogate thinks of it."""
         gens = [generator(ask.seed, "select") for _, ask in group]
@@ -187,8 +194,10 @@ class DiffusionEngine:
                         "ess": float(samples.ess[i]),
                         "log_z": float(samples.log_z[i]),
                     }
-                if self.settings.acquisition.name not in LOGARITHMIC:
-                    extra["acquired"] = float(acquisition(row.unsqueeze(-2)))
+                if potential is not None:
+                    extra["alpha"] = potential.alpha
+                    if self.settings.acquisition.name not in LOGARITHMIC:
+                        extra["acquired"] = float(potential.acquisition(row.unsqueeze(-2)))
             drawn.append((position, Drawn(images[i], X[i], **extra)))
         return drawn
 
@@ -280,12 +289,15 @@ class DiffusionEngine:
 
     def fit(self, data: Data, round_: int) -> Model:
         """The surrogate of a round, on all answers, from the round's own generator."""
+        if data.comparisons is not None:
+            return fit_pairwise(data.X, data.comparisons, **self.settings.model.options)
         return surrogates.fit(
             self.settings.model.name,
             data.X,
             data.Y,
             sem=data.sem,
             generator=generator(self.settings.seed, "fit", round_),
+            blocks=self.feature_map.blocks,
             **self.settings.model.options,
         )
 
@@ -306,6 +318,15 @@ class DiffusionEngine:
     def describe(self) -> dict[str, Any]:
         """What was loaded, for the run's record."""
         return {"prior": self.prior.describe(), "features": self.feature_id, "device": str(self.team.device)}
+
+
+def _best(model: Model, data: Data) -> float | None:
+    """What an improvement is measured from: the best answer; of comparisons, the best utility of a query compared."""
+    if data.comparisons is None:
+        return float(data.Y.max()) if len(data.Y) else None
+    with torch.no_grad():
+        posterior: Any = model.posterior(data.X.unsqueeze(-2))
+    return float(posterior.mean.max())
 
 
 def _no_potential(designs: Tensor, cond: Conditioning) -> Tensor:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from tiltopt.errors import ConfigError
+from tiltopt.kinds import DEFAULT_KIND, parse_kind
 
 T = TypeVar("T")
 
@@ -41,11 +42,14 @@ class PriorSettings:
 
 @dataclass(frozen=True)
 class FeatureSettings:
-    """What the surrogate sees of an image: a CLIP image tower, by folder or hub id."""
+    """What the surrogate sees of an image: a CLIP image tower, by folder or hub id, and the prior's autoencoder."""
 
     path: str = "embedded"
-    kind: Literal["patch_stats", "patch_mean", "projection", "both"] = "patch_stats"
+    kind: str = DEFAULT_KIND  # parts joined by "+": latent_stats, patch_stats, patch_mean, projection
     prompt_features: bool = False  # append the prompt's text embedding, so that one surrogate tells prompts apart
+
+    def __post_init__(self) -> None:
+        parse_kind(self.kind)
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,7 @@ class Settings:
     prompt_template: str = "a {}"  # built-in lists hold nouns; "an" before a vowel is put right
     good_prompt_template: str = ""  # a second template ...
     good_prompt_fraction: float = 0.0  # ... and the share of queries that use it
+    comparisons_per_query: int = 2  # at least so many, where answers are comparisons (model.name = "pairwise")
     answer_noise: float = 0.0  # standard deviation of noise added to each answer (published experiments use 0.1)
     reference_samples: int = 0  # plain samples scored for the report only (each costs an answer of the black box)
     micro_batch: int = 16  # particles per network call; part of the run's identity down to the last bit
@@ -163,12 +168,20 @@ class Settings:
         _require(
             0 <= self.good_prompt_fraction <= 1, "good_prompt_fraction", self.good_prompt_fraction, "a share in [0, 1]"
         )
+        _require(self.comparisons_per_query >= 1, "comparisons_per_query", self.comparisons_per_query, "at least 1")
         _require(self.answer_noise >= 0, "answer_noise", self.answer_noise, "a standard deviation >= 0")
         _require(self.reference_samples >= 0, "reference_samples", self.reference_samples, "at least 0")
         _require(self.micro_batch >= 1, "micro_batch", self.micro_batch, "at least 1")
         for key in ("prompt_template", "good_prompt_template"):
             value = getattr(self, key)
             _require(value == "" or "{}" in value, key, value, "a template that contains {}")
+        if self.pairwise and not self.surrogate:
+            _check_pairwise(self)
+
+    @property
+    def pairwise(self) -> bool:
+        """Whether answers are comparisons of two queries; otherwise they are values."""
+        return self.model.name == "pairwise"
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | Settings) -> Settings:
@@ -198,6 +211,18 @@ def _require(ok: bool, key: str, got: Any, expected: str) -> None:
     """A ConfigError that names the key, unless `ok`."""
     if not ok:
         raise ConfigError(f"`{key}`: expected {expected}, got {got!r}.")
+
+
+def _check_pairwise(settings: Settings) -> None:
+    """What has no meaning where answers are comparisons is refused."""
+    why = "where answers are comparisons (model.name = 'pairwise')"
+    name = settings.acquisition.name
+    known = name not in ("thompson", "max_member")
+    _require(known, "acquisition.name", name, f"one of mean, ucb, log_ei, qucb, qlog_ei {why}")
+    adapt = settings.acquisition.adapt
+    _require(not adapt, "acquisition.adapt", adapt, f"False {why}: utilities promise no reward to be held against")
+    samples = settings.reference_samples
+    _require(samples == 0, "reference_samples", samples, f"0 {why}: a plain sample by itself has no value")
 
 
 def _build(cls: type[T], config: Mapping[str, Any], path: str) -> T:

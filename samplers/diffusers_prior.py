@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
+from tiltopt.digest import weights_digest
 from tiltopt.errors import PriorError
 from tiltopt.samplers.chain import DDIMChain
 from tiltopt.samplers.latent import StraightThroughClamp, guidance_embedding, torch_dtype, zip_map
@@ -206,6 +208,13 @@ class DiffusersPrior:
         return ((latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor).to(
             self.latent_dtype
         )
+
+    @cached_property
+    def encoder_id(self) -> str:
+        """ "vae-" and a digest of the autoencoder's weights: names what `encode_image` computes."""
+        config = self.vae.config
+        numbers = (config.scaling_factor, getattr(config, "shift_factor", None), list(self.image_size))
+        return f"vae-{weights_digest(self.vae, repr(numbers))}"
 
     def to(self, device: str | torch.device) -> DiffusersPrior:
         """Moves the modules and encodes the negative prompt there; returns self."""

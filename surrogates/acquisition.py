@@ -187,7 +187,9 @@ def thompson(model: Any, generator: Generator, index: int | None = None) -> nn.M
 def _dim(model: Any) -> int:
     """d of a fitted surrogate."""
     mean = getattr(model, "x_mean", None)
-    return len(mean) if mean is not None else model.data.X.shape[-1]
+    if mean is not None:
+        return len(mean)
+    return model.answers[0].shape[-1] if hasattr(model, "answers") else model.data.X.shape[-1]
 
 
 def _seed(generator: Generator, index: int | None) -> int:

@@ -19,18 +19,20 @@ class Data:
     X: (n, d), features, finite.
     y: (n,), answers in reward units, finite, not all equal; n >= 2.
     sem: (n,), known standard error of each answer in reward units, >= 0; None if unknown.
+    relevance: (d,), positive, how much each standardised feature may matter beside the others; None: all alike.
     """
 
     X: Tensor
     y: Tensor
     sem: Tensor | None = None
+    relevance: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.y)
 
     def select(self, index: Tensor) -> Data:
         """The rows at `index`, a long or boolean tensor."""
-        return Data(self.X[index], self.y[index], None if self.sem is None else self.sem[index])
+        return Data(self.X[index], self.y[index], None if self.sem is None else self.sem[index], self.relevance)
 
 
 def check(X: Tensor, Y: Tensor, sem: Tensor | float | None = None) -> Data:

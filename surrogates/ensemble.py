@@ -119,6 +119,7 @@ class MLPEnsemble(EnsembleSurrogate):
         mean, y_mean, y_scale = data.X.mean(dim=0), data.y.mean(), data.y.std()
         scale = data.X.std(dim=0)
         scale = torch.where(scale > 1e-9 * data.X.abs().amax(dim=0), scale, torch.ones_like(scale))
+        scale = scale if data.relevance is None else scale / data.relevance
         z, y = (data.X - mean) / scale, (data.y - y_mean) / y_scale
         counts = bootstrap(len(y), members, generator).to(y)
         weights = precision(None if data.sem is None else data.sem / y_scale, y)

@@ -90,18 +90,18 @@ def solve(data: Data, *, strength: float = 1.0, common_scale: bool = False) -> t
     Raises:
         SurrogateError: if the features are so large or so small that float64 overflows.
     """
-    scaling, moment = _scale(data, common_scale)
+    scaling, moment = standardise(data, common_scale)
     y = (data.y - scaling.y_mean) / scaling.y_scale
     if data.sem is None:
         spec = _spectrum(data.X, y, None, scaling, moment)
-        ratio, noise, log_ev = _maximise(spec, None, strength)
+        ratio, noise, log_ev = maximise(spec, None, strength)
         return scaling, _weights(spec, ratio, noise, noise, log_ev)
     sem2 = (data.sem / scaling.y_scale) ** 2
     if (sem2.max() - sem2.min()) <= 1e-12 * sem2.max():
         spec = _spectrum(data.X, y, None, scaling, moment)
-        ratio, total, log_ev = _maximise(spec, None, strength)
+        ratio, total, log_ev = maximise(spec, None, strength)
         if total < sem2[0]:  # the answers cannot be cleaner than what is known of their error
-            ratio, total, log_ev = _maximise(spec, sem2[0], strength)
+            ratio, total, log_ev = maximise(spec, sem2[0], strength)
         return scaling, _weights(spec, ratio, total, (total - sem2[0]).clamp_min(0), log_ev)
     return scaling, _solve_heteroscedastic(data.X, y, sem2, scaling, strength)
 
@@ -114,7 +114,7 @@ def _solve_heteroscedastic(X: Tensor, y: Tensor, sem2: Tensor, scaling: Scaling,
         noise = one * 10.0**log_noise
         variance = noise + sem2
         spec = _spectrum(X, y, 1 / variance, scaling, None)
-        ratio, _, log_ev = _maximise(spec, one, strength)
+        ratio, _, log_ev = maximise(spec, one, strength)
         log_ev = log_ev - 0.5 * (variance.log().sum() + spec.weight.log())
         return ratio, noise, spec, log_ev
 
@@ -123,8 +123,8 @@ def _solve_heteroscedastic(X: Tensor, y: Tensor, sem2: Tensor, scaling: Scaling,
     return _weights(spec, ratio, one, noise, log_ev)
 
 
-def _scale(data: Data, common: bool) -> tuple[Scaling, Tensor | None]:
-    """Standardisation, and the centred Gram matrix where it is the cheap form (n > d)."""
+def standardise(data: Data, common: bool) -> tuple[Scaling, Tensor | None]:
+    """Standardisation, relevance included, and the centred Gram matrix where it is the cheap form (n > d)."""
     X, y = data.X, data.y
     mean = X.mean(dim=0)
     moment = gram(X, mean, None) if len(X) > X.shape[1] else None
@@ -133,6 +133,7 @@ def _scale(data: Data, common: bool) -> tuple[Scaling, Tensor | None]:
     varies = scale > 1e-9 * X.abs().amax(dim=0)
     typical = scale[varies].log().mean().exp() if varies.any() else torch.ones_like(scale[0])
     scale = var.mean().sqrt().expand_as(scale) if common and varies.any() else torch.where(varies, scale, typical)
+    scale = scale if data.relevance is None else scale / data.relevance
     if not torch.isfinite(scale).all() or not (scale > 0).all():
         raise SurrogateError(
             f"features up to {X.abs().max().item():.3g} overflow float64 when squared; rescale them to about 1."
@@ -184,7 +185,7 @@ def _spectrum(X: Tensor, y: Tensor, weights: Tensor | None, scaling: Scaling, mo
     return Spectrum(values[keep], vectors[:, keep], loading[keep], y_sq, centre, y_centre, total, n - 1)
 
 
-def _maximise(spec: Spectrum, noise: Tensor | None, strength: float) -> tuple[Tensor, Tensor, Tensor]:
+def maximise(spec: Spectrum, noise: Tensor | None, strength: float) -> tuple[Tensor, Tensor, Tensor]:
     """Ratio tau2 / sigma2, sigma2 and the log evidence at their maximum; sigma2 in closed form unless given.
 
     The evidence over the ratio is evaluated on a grid over 28 e-folds that is refined thrice around its best point.

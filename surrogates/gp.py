@@ -51,13 +51,18 @@ class Project(InputTransform, nn.Module):
         self.is_one_to_many = False
 
     @classmethod
-    def learn(cls, X: Tensor, max_dim: int | None) -> Project:
-        """From features (n, d), keeping at most `max_dim` principal axes (all directions if None or at least d)."""
+    def learn(cls, X: Tensor, max_dim: int | None, relevance: Tensor | None = None) -> Project:
+        """From features (n, d), keeping at most `max_dim` principal axes (all directions if None or at least d).
+
+        Args:
+            relevance: (d,), factors on the standardised features, mean square 1; None: all alike.
+        """
         shift, scale = X.mean(dim=0), X.std(dim=0)
         varies = scale > 1e-9 * X.abs().amax(dim=0)
         if not varies.any():
             raise SurrogateError("no feature varies between the answers: a GP has nothing to learn from; check them.")
         scale = torch.where(varies, scale, scale[varies].log().mean().exp()) * varies.sum().sqrt()
+        scale = scale if relevance is None else scale / relevance
         if max_dim is None or max_dim >= X.shape[1]:
             return cls(shift, scale)
         z = (X - shift) / scale
@@ -128,7 +133,7 @@ class GPModel(SingleTaskGP):
             raise SurrogateError(
                 f"an exact GP takes at most {EXACT_LIMIT} answers, got {len(data)}; lower `sparse_above`."
             )
-        project = Project.learn(data.X, max_dim)
+        project = Project.learn(data.X, max_dim, data.relevance)
         part = data
         if len(data) > fit_size:
             part = data.select(torch.randperm(len(data), generator=generator)[:fit_size].to(data.y.device))

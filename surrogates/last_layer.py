@@ -51,7 +51,7 @@ class LastLayerModel(LinearModel):
             max_epochs: passes over the answers; training stops 25 passes after the best one. With fewer than 8 held-out
                 answers (40 in all) the trunk is not trained and its features stay random.
         """
-        mean, scale = data.X.mean(dim=0), _scale(data.X)
+        mean, scale = data.X.mean(dim=0), _scale(data)
         z = (data.X - mean) / scale
         y_scale = data.y.std()
         y = (data.y - data.y.mean()) / y_scale
@@ -100,10 +100,11 @@ def split(n: int, share: float, generator: Generator) -> Tensor:
     return held_out
 
 
-def _scale(X: Tensor) -> Tensor:
-    """Standard deviation per feature; 1 where a feature does not vary."""
-    scale = X.std(dim=0)
-    return torch.where(scale > 1e-9 * X.abs().amax(dim=0), scale, torch.ones_like(scale))
+def _scale(data: Data) -> Tensor:
+    """Standard deviation per feature over its relevance; 1 where a feature does not vary."""
+    scale = data.X.std(dim=0)
+    scale = torch.where(scale > 1e-9 * data.X.abs().amax(dim=0), scale, torch.ones_like(scale))
+    return scale if data.relevance is None else scale / data.relevance
 
 
 def _inflation(H: Tensor, data: Data, held_out: Tensor, strength: float) -> Tensor:

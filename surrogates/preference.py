@@ -124,7 +124,12 @@ def fit_pairwise(X: Tensor, comparisons: Tensor, **options: Any) -> PairwiseMode
         raise SurrogateError(f"`comparisons` must index the {len(X)} rows of `X`, got up to {int(comparisons.max())}.")
     if (comparisons[:, 0] == comparisons[:, 1]).any():
         raise SurrogateError("`comparisons` holds an item compared with itself; leave that row out.")
-    return PairwiseModel.fit(X, comparisons, **options)
+    try:
+        return PairwiseModel.fit(X, comparisons, **options)
+    except TypeError as error:
+        if "unexpected keyword" in str(error):
+            raise SurrogateError(f"surrogate 'pairwise': {error}; got options {sorted(options)}.") from error
+        raise
 
 
 def fit_multi(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from tiltopt.surrogates.ensemble import fit_ensemble
 from tiltopt.surrogates.gp import GPModel
 from tiltopt.surrogates.last_layer import LastLayerModel
 from tiltopt.surrogates.linear import LinearModel
+from tiltopt.surrogates.relevance import check_blocks, learn_relevance
 from tiltopt.surrogates.sparse_gp import SparseGPModel
 
 NAMES = ("linear", "last_layer", "ensemble", "gp", "auto", "ancestor")
@@ -28,6 +31,7 @@ def fit(
     *,
     sem: Tensor | float | None = None,
     generator: Generator | None = None,
+    blocks: Sequence[int] | None = None,
     **options: Any,
 ) -> Model:
     """A surrogate fitted to all answers, as a BoTorch model over (b) x q x d features in reward units.
@@ -42,6 +46,8 @@ def fit(
         X: (n, d), features; Y: (n, 1), answers, higher is better, reward units.
         sem: known standard error of the answers, reward units: None, one number, or (n, 1).
         generator: of everything random in the fit; by default one seeded with 0.
+        blocks: sizes of the blocks that the features are made of (`FeatureMap.blocks`), d in all; how much each block
+            matters is then learnt from the answers (see `relevance`). None: all features are alike a priori.
         options: of the model; see `LinearModel.fit`, `LastLayerModel.fit`, `fit_ensemble`, `fit_gp`, `fit_auto`.
 
     Raises:
@@ -50,6 +56,8 @@ def fit(
     if name not in NAMES:
         raise SurrogateError(f"unknown surrogate {name!r}; choose one of {', '.join(NAMES)}.")
     data = check(X, Y, sem)
+    if blocks is not None and len(check_blocks(blocks, data.X.shape[1])) > 1 and name != "ancestor":
+        data = replace(data, relevance=learn_relevance(data, blocks))
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     try:
         return _fit(name, data, generator, options)

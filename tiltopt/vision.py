@@ -9,7 +9,6 @@ tower.text(["a photo of a cat"]) # (1, projection_dim)
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.resources
 import json
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tiltopt.digest import weights_digest
 from tiltopt.errors import ConfigError, PotentialError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -169,13 +169,9 @@ class CLIPVision:
     @cached_property
     def id(self) -> str:
         """ "clip-" and the first 12 hexadecimal digits of the SHA-256 of the weights and the preprocessing."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
         pre = self.preprocess
-        digest.update(json.dumps([pre.resize, pre.crop, pre.mean, pre.std]).encode())
-        return f"clip-{digest.hexdigest()[:12]}"
+        settings = json.dumps([pre.resize, pre.crop, pre.mean, pre.std])
+        return f"clip-{weights_digest(self.model, settings)}"
 
     @property
     def projection_dim(self) -> int:
