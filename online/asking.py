@@ -75,10 +75,9 @@ def _tilt(
     score, notes = rounds.score_previous(store, folder, before, engine.feature_id)
     plan = rounds.plan_of(settings, [s for s in (*(r.score for r in before), score) if s is not None])
     notes = [*notes, *plan.notes]
-    data = store.data()
+    data = store.comparisons.data() if settings.pairwise else store.data()
     try:
-        if len(torch.unique(data.Y)) < 2:
-            raise SurrogateError(f"a surrogate needs 2 different answers, got {len(data.Y)} answers")
+        _check_enough(data)
         tell("fit", 0, 1)
         model = engine.fit(data, plain.record.round)
         tell("fit", 1, 1)
@@ -93,9 +92,28 @@ def _tilt(
         beta=plan.beta,
         notes=tuple(notes),
         score=score,
-        fingerprint=fingerprint(data.X, data.Y, data.sem),
+        fingerprint=fingerprint(data.X, data.Y if data.comparisons is None else data.comparisons, data.sem),
     )
     return Job(record, plain.asks, plan, data), model
+
+
+def _check_enough(data: Data) -> None:
+    """A SurrogateError where there is nothing to learn from."""
+    if data.comparisons is not None and not len(data.comparisons):
+        raise SurrogateError("a surrogate of comparisons needs at least 1 of them, got none")
+    if data.comparisons is None and len(torch.unique(data.Y)) < 2:
+        raise SurrogateError(f"a surrogate needs 2 different answers, got {len(data.Y)} answers")
+
+
+def _price(record: RoundRecord, drawn: Sequence[Drawn]) -> RoundRecord:
+    """The round with the price that was used, where the engine tells; the mean where queries had prices of their own."""
+    used = [d.alpha for d in drawn if d.alpha is not None]
+    if not used:
+        return record
+    if min(used) == max(used):
+        return replace(record, alpha=used[0])
+    note = f"each query had its own alpha, {min(used):.3g} to {max(used):.3g}; their mean is recorded."
+    return replace(record, alpha=sum(used) / len(used), notes=(*record.notes, note))
 
 
 def draw(engine: Engine, job: Job, model: Model | None, tell: Progress) -> tuple[list[Drawn], Model | None]:
@@ -125,4 +143,5 @@ def commit(
         files.write_image(files.image_path(folder, a.number), d.image)
         values = (d.predicted, d.predicted_sd, d.acquired, d.ess, d.log_z)
         new.append(NewQuery(a.number, a.index, a.prompt, a.seed, pack(d.features), *values))
-    store.add_round(replace(job.record, ask_seconds=time.monotonic() - started), new, engine.feature_id)
+    record = replace(_price(job.record, drawn), ask_seconds=time.monotonic() - started)
+    store.add_round(record, new, engine.feature_id)

@@ -19,6 +19,7 @@ from tiltopt.samplers.demon import Demon
 from tiltopt.surrogates import NAMES as MODELS
 from tiltopt.surrogates import fit
 from tiltopt.surrogates.acquisition import NAMES as ACQUISITIONS
+from tiltopt.surrogates.preference import fit_pairwise
 
 SAMPLERS: dict[str, type] = {
     "das": samplers.DAS,
@@ -88,7 +89,7 @@ def check(settings: Settings) -> None:
             "Set --config.prior.eta=1, or use --config.sampler.name=best_of_n."
         )
     check_tracker(settings.tracker)
-    _one_of("model.name", settings.model.name, MODELS)
+    _one_of("model.name", settings.model.name, (*MODELS, "pairwise"))
     _check_model_options(settings)
     _one_of("acquisition.name", settings.acquisition.name, ACQUISITIONS)
     check_path("prior.path", settings.prior.path, "model_index.json", "a StableDiffusionPipeline folder")
@@ -112,6 +113,9 @@ def _check_model_options(settings: Settings) -> None:
         return
     X = torch.randn(8, 3, generator=generator(0, "check"), dtype=torch.float64)
     try:
+        if settings.pairwise:
+            fit_pairwise(X, torch.tensor([[0, 1], [2, 3]]), **settings.model.options)
+            return
         fit(settings.model.name, X, X.sum(dim=1, keepdim=True), **settings.model.options)
     except (SurrogateError, TypeError, ValueError) as error:
         raise ConfigError(f"`model`: {error}") from error

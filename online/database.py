@@ -14,7 +14,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlch
 from sqlalchemy.pool import NullPool, QueuePool
 
 from tiltopt.errors import StoreError
-from tiltopt.online.schema import SCHEMA_VERSION, meta, metadata
+from tiltopt.online.schema import SCHEMA_VERSION, comparisons, meta, metadata
 
 _CHECKED_BYTES = 64 * 2**20  # SQLite files up to this size are checked page by page when opened: a fraction of a second
 
@@ -28,7 +28,8 @@ class Database:
 
     Args:
         url: any SQLAlchemy URL, or the path of an SQLite file.
-        create: make the tables (and the SQLite file) where they are missing.
+        create: make the tables (and the SQLite file) where they are missing. A store of an older version is brought up
+            to date, in one transaction, whenever it is opened for writing.
         read_only: never write; an SQLite file in a folder without write permission can be read.
 
     Raises:
@@ -81,12 +82,22 @@ class Database:
                 if c.execute(select(meta.c.value).where(meta.c.name == "schema_version")).first() is None:
                     c.execute(meta.insert().values(name="schema_version", value=str(SCHEMA_VERSION)))
         with self.reading() as c:
-            version = int(c.execute(select(meta.c.value).where(meta.c.name == "schema_version")).scalar_one())
-        if version > SCHEMA_VERSION:
+            self.version = _version(c)
+        if self.version > SCHEMA_VERSION:
             raise StoreError(
-                f"{self.where} was written by a newer tiltopt (schema {version}; this one knows {SCHEMA_VERSION}). "
-                "Update tiltopt; nothing was changed."
+                f"{self.where} was written by a newer tiltopt (schema {self.version}; this one knows "
+                f"{SCHEMA_VERSION}). Update tiltopt; nothing was changed."
             )
+        if self.version < SCHEMA_VERSION and not self.read_only:
+            self._migrate()
+
+    def _migrate(self) -> None:
+        """Bring an older layout up to date: all of it in one transaction, or nothing. Two at once do it once."""
+        with self.writing() as c:
+            if _version(c, lock=True) < 2:
+                comparisons.create(c, checkfirst=True)
+                c.execute(meta.update().where(meta.c.name == "schema_version").values(value=str(SCHEMA_VERSION)))
+        self.version = SCHEMA_VERSION
 
     def _check_pages(self) -> None:
         if self.file is None or self.file.stat().st_size > _CHECKED_BYTES:
@@ -160,6 +171,12 @@ def _prepare(engine: Any, read_only: bool) -> None:
     def begin(connection: Connection) -> None:
         reads = read_only or connection.get_execution_options().get("tiltopt_reading")
         connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
+
+
+def _version(c: Connection, lock: bool = False) -> int:
+    """The layout's version; with `lock`, other transactions wait to read it so until this one ends."""
+    query = select(meta.c.value).where(meta.c.name == "schema_version")
+    return int(c.execute(query.with_for_update() if lock else query).scalar_one())
 
 
 def _has_log(file: Path) -> bool:

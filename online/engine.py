@@ -37,6 +37,7 @@ class Drawn:
             not in reward units (log-EI).
         ess: effective sample size of the query's particles, in [1, num_particles]; None for plain samples.
         log_z: estimate of log E_prior[G] for the query, nats; None for plain samples.
+        alpha: price of leaving the prior that was used, reward units per nat; None for plain samples.
     """
 
     image: Image.Image
@@ -46,6 +47,7 @@ class Drawn:
     acquired: float | None = None
     ess: float | None = None
     log_z: float | None = None
+    alpha: float | None = None
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,15 @@ class Data:
         Y: (n, 1) float64 rewards.
         sem: (n, 1) float64 standard errors of the answers, or None when no answer came with one.
         pending: (m, d) float64 features of queries that are asked and not yet answered; m may be 0.
+        comparisons: (c, 2) int64, rows (i, j): row i of X was preferred to row j, and Y is empty; None in a run whose
+            answers are values.
     """
 
     X: Tensor
     Y: Tensor
     sem: Tensor | None
     pending: Tensor
+    comparisons: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,11 @@ def import_measurements(optimizer: Optimizer, found: Measurements, source: str) 
         StoreError: queries wait for answers, the same table was imported before, or the features are of another map.
     """
     store = optimizer.store
+    if optimizer.settings.pairwise:
+        raise StoreError(
+            "expected a run whose answers are values, got one of comparisons (model.name = 'pairwise'), which measured "
+            "values cannot teach; choose another surrogate."
+        )
     waiting = store.counts()["asked"]
     if waiting:
         raise StoreError(

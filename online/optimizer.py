@@ -22,6 +22,7 @@ from tiltopt.errors import StoreError
 from tiltopt.online import asking, copies, files, runfolder
 from tiltopt.online.answers import batch_size, finite, query_number, spread
 from tiltopt.online.asking import Job, Progress
+from tiltopt.online.comparing import Comparing
 from tiltopt.online.engine import Engine
 from tiltopt.online.prompts import load_prompts
 from tiltopt.online.settings import Settings
@@ -53,7 +54,7 @@ class Query:
     round: int
 
 
-class Optimizer:
+class Optimizer(Comparing):
     """A run that can be stopped at any instant and continued; see `create` and `open`.
 
     In a team of processes every rank holds one and calls `ask`; rank 0 alone has the store.
@@ -200,8 +201,10 @@ class Optimizer:
             sem: standard error of `value`, same unit, >= 0; None when unknown.
 
         Raises:
-            StoreError: unknown query, or one that cannot be answered in its state. RewardError: not a finite number.
+            StoreError: unknown query, one that cannot be answered in its state, or a run of comparisons.
+            RewardError: not a finite number.
         """
+        self.takes_values()
         self.store.answer(query_number(id), finite(value), None if sem is None else spread(sem))
 
     def fail(self, id: int, reason: str) -> None:
@@ -219,6 +222,7 @@ class Optimizer:
 
     def undo(self, id: int) -> Query:
         """Take an answer back, as long as no later round has been asked."""
+        self.takes_values()
         self.store.undo(query_number(id))
         return self._query(self.store.get(id))
 

@@ -17,8 +17,10 @@ from tiltopt.online.rows import RoundRecord
 from tiltopt.online.settings import Settings
 from tiltopt.online.store import Store
 from tiltopt.online.summary import calibration, jsonable, round_statistics
+from tiltopt.online.utilities import with_utilities
 from tiltopt.surrogates import io
 from tiltopt.surrogates.calibration import adjust, score
+from tiltopt.surrogates.preference import PairwiseModel
 
 
 def save_surrogate(folder: Path, record: RoundRecord, model: Model, feature_id: str) -> None:
@@ -72,6 +74,8 @@ def score_previous(
     round_, model, notes = newest_surrogate(folder, rounds, feature_id)
     if round_ is None or model is None:
         return None, notes
+    if isinstance(model, PairwiseModel):
+        return _score_comparisons(store, model, round_), notes
     X, Y, sem, acquired = store.promises_since(round_)
     if not len(X):
         return None, notes
@@ -79,6 +83,23 @@ def score_previous(
         posterior: Any = model.posterior(X.unsqueeze(-2))
     promised = torch.where(acquired.isnan(), posterior.mean.flatten().to(acquired), acquired)
     return {**score(model, X, Y, sem=sem, predicted=promised), "round": round_}, notes
+
+
+def _score_comparisons(store: Store, model: PairwiseModel, round_: int) -> dict[str, Any] | None:
+    """How a surrogate predicted the comparisons that came since its round; ties have no right answer and are left out.
+
+    Returns:
+        `comparisons`, `agreement` (share of the winners that it thought the better ones), `nll` (mean of -log of the
+        probability it gave to what came, nats; log 2 = knows nothing) and `round`; None without new comparisons.
+    """
+    wins = [row for row in store.comparisons.rows() if row.round >= round_ and row.outcome == "win"]
+    if not wins:
+        return None
+    p = model.preference(
+        store.vectors_of([row.winner for row in wins]), store.vectors_of([row.loser for row in wins])
+    ).clamp_min(1e-300)
+    right = float((p > 0.5).double().mean())
+    return {"comparisons": len(wins), "agreement": right, "nll": float(-p.log().mean()), "round": round_}
 
 
 def plan_of(settings: Settings, scores: Sequence[Mapping[str, Any]]) -> Plan:
@@ -94,7 +115,10 @@ def plan_of(settings: Settings, scores: Sequence[Mapping[str, Any]]) -> Plan:
 
 def summarise(store: Store, record: RoundRecord) -> dict[str, Any]:
     """What a round amounts to, as plain JSON values; see `docs/loop.md` for the keys."""
-    statistics = round_statistics(store.frame(record.round), record.round)
+    compared = store.comparisons.frame()
+    statistics = round_statistics(with_utilities(store.frame(record.round), compared), record.round)
+    if len(compared):
+        statistics["comparisons"] = compared.loc[compared["round"] == record.round, "outcome"].value_counts().to_dict()
     d = store.diagnostics(record.round)
     answered = d[d["state"] == "answered"]
     mean = {name: (None if answered[name].isna().all() else float(answered[name].mean())) for name in ("ess", "log_z")}

@@ -92,7 +92,7 @@ def refusal(row: Row[Any], to: str) -> StoreError:
     """Why a query cannot go to the state `to`, and where it can."""
     stored = f" ({row.error})" if row.error else ""
     if row.state == "answered":
-        stored = f" (its answer is {row.value!r})"
+        stored = f" (its answer is {row.value!r})" if row.value is not None else " (by comparisons)"
     return StoreError(
         f"query {row.number} is {row.state}{stored} and cannot become {to}. Allowed: {_ADVICE[row.state]}."
     )
@@ -102,12 +102,16 @@ def matrix(vectors: Sequence[bytes], width: int = 0) -> Tensor:
     """float32 little-endian blobs -> (n, d) float64."""
     if not vectors:
         return torch.zeros(0, width, dtype=torch.float64)
+    return torch.from_numpy(unpack(vectors).astype(np.float64))
+
+
+def unpack(vectors: Sequence[bytes]) -> np.ndarray:
+    """At least one stored vector -> (n, d) float32."""
     if any(len(v) != len(vectors[0]) for v in vectors):
         raise StoreError(
             "stored features have different lengths; the database was written with different feature maps."
         )
-    flat = np.frombuffer(b"".join(vectors), dtype="<f4")
-    return torch.from_numpy(flat.reshape(len(vectors), -1).astype(np.float64))
+    return np.frombuffer(b"".join(vectors), dtype="<f4").reshape(len(vectors), -1)
 
 
 def pack(vector: Tensor) -> bytes:

@@ -17,8 +17,11 @@ from sqlalchemy import (
     Text,
 )
 
-SCHEMA_VERSION = 1
-"""Of the layout below. A database of a newer version is refused, never touched."""
+SCHEMA_VERSION = 2
+"""Of the layout below. A newer database is refused, never touched; an older one is brought up to date when opened.
+
+1: runs, rounds, queries, features. 2: comparisons.
+"""
 
 metadata = MetaData()
 
@@ -95,4 +98,25 @@ features = Table(
     Column("number", Integer, primary_key=True, autoincrement=False),
     Column("vector", LargeBinary, nullable=False),  # float32, little-endian
     ForeignKeyConstraint(["run_id", "number"], ["tiltopt_queries.run_id", "tiltopt_queries.number"]),
+)
+
+# Since version 2. Rows are never deleted: what was taken back is marked.
+comparisons = Table(
+    "tiltopt_comparisons",
+    metadata,
+    Column("run_id", Integer, primary_key=True),
+    Column("id", Integer, primary_key=True, autoincrement=False),  # 1, 2, ... in the run
+    Column("round", Integer, nullable=False),  # the newest round when the comparison was made
+    Column("winner", Integer, nullable=False),  # query number; of a tie or a failure, the one that was shown first
+    Column("loser", Integer, nullable=False),
+    Column("outcome", String(16), nullable=False),  # win, tie, failed
+    Column("rater", String(128)),  # who compared
+    Column("raw", Text),  # what the judge said beyond the outcome
+    Column("error", Text),  # why there is no outcome
+    Column("undone", Integer, nullable=False),  # 1 = taken back
+    Column("created_at", Float(53), nullable=False),  # seconds since the epoch
+    Column("changed_at", Float(53), nullable=False),
+    ForeignKeyConstraint(["run_id", "winner"], ["tiltopt_queries.run_id", "tiltopt_queries.number"]),
+    ForeignKeyConstraint(["run_id", "loser"], ["tiltopt_queries.run_id", "tiltopt_queries.number"]),
+    Index("tiltopt_comparisons_by_round", "run_id", "round", "id"),
 )

@@ -20,6 +20,7 @@ from sqlalchemy import Connection, Row, and_, func, insert, or_, select, update
 from torch import Tensor
 
 from tiltopt.errors import StoreError
+from tiltopt.online.comparisons import Comparisons
 from tiltopt.online.database import Database
 from tiltopt.online.engine import Data
 from tiltopt.online.rows import COLUMNS, TRANSITIONS, NewQuery, RoundRecord, matrix, refusal, round_record
@@ -39,6 +40,7 @@ class Store:
     def __init__(self, database: Database, run_id: int) -> None:
         self.database = database
         self.run_id = run_id
+        self.comparisons = Comparisons(database, run_id)
 
     @classmethod
     def create(cls, database: Database, name: str, config: Mapping[str, Any]) -> Store:
@@ -258,6 +260,16 @@ class Store:
         )  # unknown adds nothing
         return Data(X, Y, sem, matrix(pending, X.shape[1]))
 
+    def vectors_of(self, numbers: Sequence[int]) -> Tensor:
+        """Features (n, d) float64 of the queries with these numbers, in their order."""
+        found: dict[int, bytes] = {}
+        with self.database.reading() as c:
+            for part in parts(list(numbers)):
+                where = and_(features.c.run_id == self.run_id, features.c.number.in_(part))
+                rows = c.execute(select(features.c.number, features.c.vector).where(where))
+                found |= {row.number: row.vector for row in rows}
+        return matrix([found[number] for number in numbers])
+
     def answers_since(self, round_: int) -> tuple[Tensor, Tensor]:
         """Features (n, d) and answers (n, 1), float64, of the answered queries of `round_` and later ones."""
         return self.promises_since(round_)[:2]
@@ -276,9 +288,13 @@ class Store:
         return matrix(vectors), value[:, None], sem.nan_to_num()[:, None], acquired
 
     def _vectors(self, state: str, *columns: Any) -> Any:
+        """Features of the queries in a state, with columns; answers to comparisons have no value and are left out."""
         same = and_(features.c.run_id == queries.c.run_id, features.c.number == queries.c.number)
         joined = select(features.c.vector, *columns).select_from(queries.join(features, same))
-        return joined.where(queries.c.run_id == self.run_id, queries.c.state == state).order_by(queries.c.number)
+        where = [queries.c.run_id == self.run_id, queries.c.state == state]
+        if state == "answered":
+            where.append(queries.c.value.is_not(None))
+        return joined.where(*where).order_by(queries.c.number)
 
     # ---- transitions
 

@@ -60,6 +60,17 @@ class PairwiseModel(PairwiseGP):
         """See `botorch.models.PairwiseGP.posterior`; X (b) x q x d is cast to float64."""
         return super().posterior(X.to(self.answers[0]), *args, **kwargs)
 
+    def preference(self, better: Tensor, other: Tensor) -> Tensor:
+        """P(row of `better` preferred to the same row of `other`), both (n, d) -> (n,), over what is unsure of u.
+
+        Phi(m / sqrt(2 + v)), where m and v are mean and variance of u(better) - u(other).
+        """
+        with torch.no_grad():
+            joint = self.posterior(torch.stack([better, other], dim=1))
+        mean, covariance = joint.mean[..., 0], joint.distribution.covariance_matrix
+        v = covariance[:, 0, 0] + covariance[:, 1, 1] - 2 * covariance[:, 0, 1]
+        return torch.special.ndtr((mean[:, 0] - mean[:, 1]) / (2.0 + v.clamp_min(0)).sqrt())
+
     def settings(self) -> dict[str, Any]:
         """Nothing beside the tensors."""
         return {}

@@ -133,7 +133,7 @@ def test_an_empty_file_and_a_missing_one_hold_no_store(tmp_path: Path) -> None:
 def test_a_newer_schema_is_refused_untouched(path: Path) -> None:
     with sqlite3.connect(path) as c:
         c.execute("UPDATE tiltopt_meta SET value = '99' WHERE name = 'schema_version'")
-    with pytest.raises(StoreError, match=r"newer tiltopt \(schema 99; this one knows 1\)"):
+    with pytest.raises(StoreError, match=r"newer tiltopt \(schema 99; this one knows 2\)"):
         Database(path)
     with sqlite3.connect(path) as c:
         assert c.execute("SELECT count(*) FROM tiltopt_queries").fetchone() == (200,)
