@@ -15,10 +15,11 @@ from tiltopt.online import files
 
 NAME = "queries.sqlite"
 _WHOLE = ("tiltopt_meta", "tiltopt_runs")
+_IN_ROUND = "run_id IN (SELECT id FROM source.tiltopt_runs) AND round = ?"  # every index begins with run_id
 _BY_ROUND = {
-    "tiltopt_rounds": "round = ?",
-    "tiltopt_queries": "round = ?",
-    "tiltopt_features": "number IN (SELECT number FROM source.tiltopt_queries WHERE round = ?)",
+    "tiltopt_rounds": _IN_ROUND,
+    "tiltopt_queries": _IN_ROUND,
+    "tiltopt_features": f"(run_id, number) IN (SELECT run_id, number FROM source.tiltopt_queries WHERE {_IN_ROUND})",
 }
 
 
@@ -83,7 +84,8 @@ def _gather(sources: list[tuple[Path, int]], target: Path) -> None:
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.unlink(missing_ok=True)
         with contextlib.closing(sqlite3.connect(partial, timeout=30.0)) as c:
-            c.execute("PRAGMA journal_mode=OFF")  # the file is nobody's until it is renamed
+            c.execute("PRAGMA journal_mode=OFF")  # the file is nobody's until it is renamed, and synced then
+            c.execute("PRAGMA synchronous=OFF")
             for i, (source, round_) in enumerate(sources):
                 c.execute("ATTACH ? AS source", (str(source),))
                 if i == 0:

@@ -6,12 +6,16 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from PIL import Image
 
 from tiltopt.errors import StoreError
+
+WRITERS = 16
+"""Images written at once."""
 
 
 def image_path(folder: Path, number: int) -> Path:
@@ -30,17 +34,22 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Raises:
         StoreError: the file cannot be written (full disk, read-only folder); what was there before is untouched.
     """
-    partial = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        os.replace(_write_partial(path, write), path)
         sync_folder(path.parent)
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+def _write_partial(path: Path, write: Callable[[BinaryIO], object]) -> Path:
+    """What is to become `path`, whole and on the disk, under a name of its own."""
+    partial = path.with_name(path.name + ".part")
+    with open(partial, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    return partial
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -51,7 +60,34 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def write_image(path: Path, image: Image.Image) -> None:
     """An image as PNG, atomically."""
-    write_atomic(path, lambda file: image.save(file, "PNG"))
+    write_images({path: image})
+
+
+def write_images(images: Mapping[Path, Image.Image]) -> None:
+    """Images as PNG, each atomically. The waits for the disk, which are what writing takes, overlap.
+
+    Raises:
+        StoreError: an image cannot be written; none that was there before is touched.
+    """
+
+    def write(path: Path) -> Path:
+        try:
+            return _write_partial(path, lambda file: images[path].save(file, "PNG"))
+        except OSError as error:
+            raise cannot_write(path, error) from error
+
+    folder = Path()
+    try:
+        for folder in {path.parent for path in images}:
+            folder.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(WRITERS) as pool:
+            partials = list(pool.map(write, images))
+        for partial, path in zip(partials, images, strict=True):
+            os.replace(partial, path)
+        for folder in {path.parent for path in images}:
+            sync_folder(folder)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
 
 
 def replace_synced(source: Path, target: Path) -> None:

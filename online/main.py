@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tiltopt.errors import ConfigError, TiltoptError
 from tiltopt.online.commandline import parse
@@ -27,6 +27,10 @@ from tiltopt.online.team import Team
 from tiltopt.online.together import on_main
 from tiltopt.online.tracking import make_tracking
 from tiltopt.rewards import make_reward
+from tiltopt.rewards.base import BlackBox
+
+if TYPE_CHECKING:
+    from tiltopt.online.judge import Judge
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,12 +106,27 @@ def _taken(folder: Path) -> bool:
 
 
 def _carry_on(optimizer: Optimizer, started: float, earlier_seconds: float) -> None:
-    """Reference samples, the loop, summary, report and table. Collective."""
+    """Black box and judge of the settings, and the run with them. Collective."""
     from tiltopt.online.judge import Judge
 
-    settings, team, folder = optimizer.settings, optimizer.team, optimizer.folder
+    settings, team = optimizer.settings, optimizer.team
     black_box = on_main(team, lambda: _Held(make_reward(settings.reward.name, **settings.reward.options))).value
-    judge = Judge.load()
+    carry_on(optimizer, black_box, Judge.load(), started, earlier_seconds)
+
+
+def carry_on(
+    optimizer: Optimizer, black_box: BlackBox | None, judge: Judge, started: float, earlier_seconds: float = 0.0
+) -> None:
+    """Reference samples, the loop, summary, report and table: all of a run that is left. Collective.
+
+    Args:
+        optimizer: a new or reopened run.
+        black_box: what answers; needed on rank 0 only.
+        judge: recognises subjects, for the report.
+        started: `time.monotonic()` when this process began with the run.
+        earlier_seconds: spent on the run before that.
+    """
+    settings, team, folder = optimizer.settings, optimizer.team, optimizer.folder
     done = on_main(team, lambda: len(optimizer.store.rounds()))
     unit = black_box.unit if black_box is not None else ""
     progress = Progress(settings.rounds + 1, done=done, unit=unit, main=team.is_main)
@@ -116,8 +135,7 @@ def _carry_on(optimizer: Optimizer, started: float, earlier_seconds: float) -> N
         print(f"run {folder}: {_what(settings)}", flush=True)
 
     def judged(optimizer: Optimizer, round_: int) -> Mapping[str, Any]:
-        rows = optimizer.queries()
-        rows = rows[rows["round"] == round_]
+        rows = optimizer.store.frame(round_)
         images = [optimizer.image(i) for i in rows["id"]]
         return {"fidelity": fidelity(judge, images, list(rows["prompt"]))}
 

@@ -13,6 +13,7 @@ import random
 import signal
 import sqlite3
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -38,11 +39,13 @@ class Crash:
     def __init__(self, at: int | None) -> None:
         self.at = at
         self.count = 0
+        self.one_by_one = threading.Lock()  # images are written by several threads
 
     def tick(self) -> None:
-        self.count += 1
-        if self.count == self.at:
-            os.kill(os.getpid(), signal.SIGKILL)
+        with self.one_by_one:
+            self.count += 1
+            if self.count == self.at:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
