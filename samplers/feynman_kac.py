@@ -7,7 +7,9 @@
 Each step looks once at the network; the look at x_{k+1} serves both its weight and the next proposal. The potential of
 an intermediate step may be any number that is known at that step, even one that depends on the other particles, as long
 as the same number is added at its step and subtracted at the next; and the drift may be any vector. That is what makes
-holding, cheap decoders, cheap gradients and adaptive tempering exact.
+holding, cheap decoders, cheap gradients and adaptive tempering exact. Where the potential is held, psi also takes back
+log p - log q of the steps since its latest look: what a drift costs is charged with the look that shows what it bought,
+and weights between two looks carry no noise that the next one would only undo.
 
 Source: Kim et al., arXiv 2501.05803 (DAS); Wu et al., arXiv 2306.17775 (TDS); Singhal et al., arXiv 2501.06848 (FK).
 """
@@ -41,6 +43,7 @@ class Particles(NamedTuple):
     log_g: (B, P) float64, latest log G, nats.
     log_psi: (B, P) float64, psi_k, nats.
     memory: (B, P) float64, running maximum or sum of FK steering.
+    owed: (B, P) float64, log p - log q of the steps since the latest log G, nats; charged when the next one comes.
     """
 
     mean: Tensor
@@ -49,6 +52,7 @@ class Particles(NamedTuple):
     log_g: Tensor
     log_psi: Tensor
     memory: Tensor
+    owed: Tensor
 
 
 class _Look(NamedTuple):
@@ -105,7 +109,7 @@ class Twisted:
         x = x if x.dtype in (torch.float32, torch.float64) else x.float()
         weight = torch.zeros(self._shape, dtype=torch.float64)
         nothing = torch.zeros_like(x)
-        parents = Particles(x, nothing, nothing, weight, weight, weight)
+        parents = Particles(x, nothing, nothing, weight, weight, weight, weight)
         return self._step(0, x, parents, weight, weight, torch.zeros(self._shape[0], dtype=torch.float64))
 
     def propagate(
@@ -159,11 +163,13 @@ class Twisted:
         grad = parents.grad if look.grad is None else look.grad.view(*self._shape, *event)
         base = ratio - parents.log_psi
         temperature = self._temperature(k, add_log_increment(log_w, base), log_g, before)
+        owed = torch.zeros_like(ratio) if fresh else parents.owed + ratio
         log_psi, memory = self._twist(k, temperature.unsqueeze(-1), log_g, parents, fresh)
+        log_psi = log_psi - owed
         log_psi = torch.where(dead, -math.inf, log_psi)
         increment = log_psi + base if self._options.weighted and self._potential is not None else torch.zeros_like(base)
         scale = temperature.to(x.device, x.dtype).view(-1, *(1,) * (x.ndim - 1))
-        particles = Particles(look.mean.view_as(x), scale * grad, grad, log_g, log_psi, memory)
+        particles = Particles(look.mean.view_as(x), scale * grad, grad, log_g, log_psi, memory, owed)
         mean_potential = log_g.nanmean(-1) if fresh else torch.full_like(temperature, math.nan)
         designs = None if look.designs is None else look.designs.unflatten(0, self._shape)
         return Step(particles, increment, temperature, mean_potential, designs)
@@ -185,7 +191,7 @@ class Twisted:
         if self._options.accumulate == "difference":
             return tempered, parents.memory
         if not fresh:
-            return parents.log_psi, parents.memory
+            return parents.log_psi + parents.owed, parents.memory
         if self._options.accumulate == "sum":
             memory = parents.memory + tempered
         else:

@@ -103,18 +103,18 @@ def test_plane_in_sixteen_dimensions_is_unbiased() -> None:
     centre[:2] = torch.tensor([1.0, -1.0])
     potential = Quadratic(precision, centre)
     truth = weighted_chain(prior, potential, 40_000)
-    ratio = (run(DAS(), prior, potential, 64, 60).log_z.double() - truth.log_z.double()).exp()
-    error = math.hypot(float(ratio.std()) / math.sqrt(60), 1 / math.sqrt(float(truth.ess)))
-    assert error < 0.02
-    assert abs(float(ratio.mean()) - 1) < 0.05 + 2 * error
+    ratio = (run(DAS(), prior, potential, 64, 400).log_z.double() - truth.log_z.double()).exp()
+    error = math.hypot(float(ratio.std()) / math.sqrt(400), 1 / math.sqrt(float(truth.ess)))
+    assert 4 * error < 0.05
+    assert 0.95 <= float(ratio.mean()) <= 1.05
 
 
 @pytest.mark.slow
 def test_gate_gmm2_sharp() -> None:
-    """64 particles, 100 steps: |log Z bias| <= .45 and EMD <= .13 (exp: -3.00 and .28; floor .07)."""
+    """64 particles, 100 steps, 400 runs: |log Z bias| <= .45 and EMD <= .13 (exp: -3.00 and .28; floor .07)."""
     prior = MixturePrior(ring_mixture(), num_steps=100)
     truth = weighted_chain(prior, RING_SHARP, 100_000)
-    out = run(DAS(), prior, RING_SHARP, 64, 300)
+    out = run(DAS(), prior, RING_SHARP, 64, 400)
     assert abs(float((out.log_z - truth.log_z).double().mean())) <= 0.45
     assert emd(draw(out, 1500, 1), draw(truth, 1500, 2)) <= 0.13
     assert 0.5 * float((shares(out, prior.data.means) - shares(truth, prior.data.means)).abs().sum()) < 0.05
@@ -123,7 +123,8 @@ def test_gate_gmm2_sharp() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("spread", [1.0, 2.0])
 def test_gate_network_in_sixteen_dimensions(spread: float) -> None:
-    """Eight modes, a random tanh network at alpha = .3, 16 particles, 50 steps: |log Z bias| <= 1, mode TV <= .1.
+    """Eight modes, a random tanh network at alpha = .3, 16 particles, 50 steps, 400 runs: |log Z bias| <= 1, mode
+    TV <= .1.
 
     Plain chains hardly reach the tilted law, so the truth is log E[Z-hat] of many more particles.
     """
@@ -139,6 +140,6 @@ def test_gate_network_in_sixteen_dimensions(spread: float) -> None:
     truth = run(DAS(), prior, potential, 2000, 12)
     log_z = float(torch.logsumexp(truth.log_z.double(), 0) - math.log(12))
     assert float(truth.log_z.std()) < 0.5
-    out = run(DAS(), prior, potential, 16, 200)
+    out = run(DAS(), prior, potential, 16, 400)
     assert abs(float(out.log_z.double().mean()) - log_z) <= 1.0
     assert 0.5 * float((shares(out, data.means) - shares(truth, data.means)).abs().sum()) <= 0.1

@@ -33,7 +33,7 @@ def test_weights_against_plain_sums() -> None:
 def test_select_gathers_every_field() -> None:
     """Each field holds its particle's own number; after `select` each must hold its ancestor's."""
     number = torch.arange(10.0).view(2, 5)
-    fields = [number.view(2, 5, *(1,) * extra).expand(2, 5, *(3,) * extra) for extra in (2, 2, 2, 0, 0, 0)]
+    fields = [number.view(2, 5, *(1,) * extra).expand(2, 5, *(3,) * extra) for extra in (2, 2, 2, 0, 0, 0, 0)]
     ancestors = torch.tensor([[4, 4, 0, 1, 1], [2, 3, 3, 3, 0]])
     expected = number.gather(1, ancestors)
     for name, field in smc.select(Particles(*fields), ancestors)._asdict().items():
@@ -49,6 +49,7 @@ LEFT_BEHIND = [
     ("log_psi", DAS(tempering="exp", **UNBOUND)),
     ("grad", DAS(tempering="exp", gradient_every=4, **UNBOUND)),
     ("log_g", DAS(tempering="exp", gradient_every=4, potential_every=4, **UNBOUND)),
+    ("owed", DAS(tempering="exp", gradient_every=4, potential_every=4, **UNBOUND)),
     ("memory", FKSteering("sum", potential_every=2, tempering=lambda k, n: 0.1 * k / n, **ALWAYS)),
 ]
 
