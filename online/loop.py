@@ -15,14 +15,16 @@ from typing import Any
 import torch
 
 from tiltopt.errors import RewardError
-from tiltopt.online import files, rounds
+from tiltopt.online import files, judging, rounds
 from tiltopt.online.optimizer import Optimizer
+from tiltopt.online.pairs import Pair
 from tiltopt.online.progress import Hook
 from tiltopt.online.runner import Runner, Stop
 from tiltopt.online.seeds import generator
 from tiltopt.online.summary import jsonable
 from tiltopt.online.together import on_main
 from tiltopt.rewards.base import Answer, BlackBox
+from tiltopt.rewards.pairs import PairBox
 
 Measure = Callable[[Optimizer, int], Mapping[str, Any]]
 """Further numbers of a finished round, such as its fidelity, for its summary; called on rank 0."""
@@ -113,7 +115,8 @@ class _Work:
         self.optimizer = optimizer
         self.hooks = hooks
         self.measure = measure
-        self.runner = Runner(black_box, **(self._options() | dict(runner_options)))
+        asked: BlackBox | PairBox = PairBox(black_box) if optimizer.settings.pairwise else black_box
+        self.runner = Runner(asked, **(self._options() | dict(runner_options)))  # type: ignore[arg-type]
 
     def _options(self) -> dict[str, Any]:
         """The runner's options in `settings.reward`, less what the run has spent already."""
@@ -130,6 +133,8 @@ class _Work:
         options = {name: getattr(reward, name) for name in names}
         counts = store.counts()
         options["spent"] = counts["answered"] + counts["failed"]
+        if self.optimizer.settings.pairwise:
+            options["spent"] = len(store.comparisons.rows())
         if reward.max_seconds is not None:
             used = sum(r.ask_seconds + r.answer_seconds for r in store.rounds())
             options["max_seconds"] = max(reward.max_seconds - used, 1e-9)
@@ -155,11 +160,15 @@ class _Work:
     def answer(self, round_: int) -> Stop | None:
         """Have everything outstanding answered, and checkpoint the round when nothing is left."""
         optimizer, started = self.optimizer, time.monotonic()
-        items = [(query.id, query.image, query.prompt) for query in optimizer.pending()]
+        pairwise = optimizer.settings.pairwise
+        items: Any = judging.items(optimizer) if pairwise else [(q.id, q.image, q.prompt) for q in optimizer.pending()]
+        record = self._record_pair if pairwise else self._record
         try:
-            stop = self.runner.run(items, self._record, lambda n, total: self.hooks.on_progress("black box", n, total))
+            stop = self.runner.run(items, record, lambda n, total: self.hooks.on_progress("black box", n, total))
         finally:
             optimizer.store.add_answer_seconds(round_, time.monotonic() - started)
+        if stop is None and pairwise:
+            judging.settle(optimizer)
         optimizer.checkpoint()
         if stop is None:
             for unfinished in self._unfinished():
@@ -182,6 +191,10 @@ class _Work:
             value += settings.answer_noise * torch.randn((), generator=source, dtype=torch.float64).item()
         store.answer(number, value, answer.sem, raw)
         self.hooks.on_answer(number, value)
+
+    def _record_pair(self, pair: Pair, answer: Answer) -> None:
+        """Commit one comparison."""
+        judging.record(self.optimizer, pair, answer, self.runner.black_box.name)
 
     def _unfinished(self) -> list[int]:
         """Rounds whose summary has not been written."""

@@ -77,21 +77,10 @@ class Pairs:
         unique = list(dict.fromkeys(frozenset(pair) for pair in found))
         return [_shown(settings.seed, min(key), max(key)) for key in unique]
 
-    def settle(self, why: str, abandon: bool = False) -> list[int]:
-        """Queries that are asked and have no pair left to try can get no answer: they fail, or are abandoned.
-
-        Returns:
-            Their numbers.
-        """
+    def stuck(self) -> list[int]:
+        """Queries that are asked and have no pair left to try: they can get no answer."""
         waiting = {number for pair in self.left() for number in pair.key}
-        store = self.optimizer.store
-        stuck = [row.number for row in store.in_state("asked") if row.number not in waiting]
-        for number in stuck:
-            if abandon:
-                store.abandon(number, why)
-            else:
-                store.fail(number, why)
-        return stuck
+        return [row.number for row in self.optimizer.store.in_state("asked") if row.number not in waiting]
 
     def _champions_of(self, round_: int, frame: Any) -> Mapping[str | None, int]:
         """The best earlier query of each prompt, and of all under None, by the surrogate that the round was drawn with.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from PIL import Image
 
 from tiltopt.errors import RewardError
 from tiltopt.rewards.base import Answer, Options, require
+from tiltopt.rewards.judgements import WORTH, average, read_completion, read_score, read_verdict, turned
 from tiltopt.rewards.remote import (
     RemoteError,
     check_url,
@@ -35,8 +34,11 @@ PAIR_PROMPT = (
     'picture? Give the reason in one sentence first. Reply with JSON: {"reason": "...", "better": "first"}, or '
     '"second", or "tie".'
 )
-WORTH = {"first": 1.0, "tie": 0.5, "second": 0.0}
-FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
+TWO_PROMPTS = (
+    'The first picture was made for the prompt "{prompt}", the second for the prompt "{other_prompt}". Which one shows '
+    "better what was asked of it, and is the better picture? Give the reason in one sentence first. Reply with JSON: "
+    '{"reason": "...", "better": "first"}, or "second", or "tie".'
+)
 
 
 def _schema(key: str, rule: dict[str, Any]) -> dict[str, Any]:
@@ -60,9 +62,12 @@ class VlmOptions(Options):
     model: its name at the API.
     base_url: of the API, or None for OpenAI's.
     key_env: environment variable that holds the key, or None for a server that needs none.
-    mode: "score" (0 to 10) or "pairwise" (share of comparisons won against `references`, 0 to 1).
-    grading_prompt: what is asked; {prompt} stands for the image's prompt; None for a default per mode.
+    mode: "score" (0 to 10), "pairwise" (share of comparisons won against `references`, 0 to 1), or "compare" (which of
+        two queries is better, for a run that learns from comparisons).
+    grading_prompt: what is asked; {prompt} stands for the image's prompt, {other_prompt} for that of the second image;
+        None for a default per mode.
     references: image files to compare with in pairwise mode, each in both orders.
+    both_orders: in compare mode, ask about each pair in both orders, since models favour a place; else once.
     structured: "json_schema", "json_object" or "none": how the API is told to answer in JSON.
     temperature, max_tokens: sent when given.
     request_timeout_s: seconds for one request.
@@ -74,6 +79,7 @@ class VlmOptions(Options):
     mode: str = "score"
     grading_prompt: str | None = None
     references: tuple = ()
+    both_orders: bool = True
     structured: str = "json_schema"
     temperature: float | None = None
     max_tokens: int | None = None
@@ -84,7 +90,8 @@ class VlmOptions(Options):
         super().__post_init__()
         require(bool(self.model.strip()), "`model` must name a model of the API, got an empty text; set it.")
         require(self.batch_size == 1, f"`batch_size` must be 1, since images are judged alone, got {self.batch_size}.")
-        require(self.mode in ("score", "pairwise"), f"`mode` must be score or pairwise, got {self.mode!r}; change it.")
+        modes = ("score", "pairwise", "compare")
+        require(self.mode in modes, f"`mode` must be score or pairwise or compare, got {self.mode!r}; change it.")
         known = ("json_schema", "json_object", "none")
         require(self.structured in known, f"`structured` must be one of {', '.join(known)}, got {self.structured!r}.")
         require(
@@ -119,6 +126,7 @@ class VlmReward:
         self._openai = need("openai", "vlm")
         self.options, self.batch_size = options, options.batch_size
         self.unit = "points of 10" if options.mode == "score" else "share of comparisons won"
+        self.compares = options.mode == "compare"
         self._key = secret(options.key_env)
         self._client = client or self._openai.OpenAI(
             api_key=self._key or "none",
@@ -136,18 +144,33 @@ class VlmReward:
             RemoteError, Retry: a request failed in a way that may pass.
             RewardError: the API cannot be used (refused key, unknown model, no quota left).
         """
+        if self.compares:
+            raise RewardError(
+                "reward `vlm`: mode 'compare' judges pairs and scores no image; run it with model.name = 'pairwise', "
+                "or set `mode` to score."
+            )
         one = self._score if self.options.mode == "score" else self._against_references
         return [one(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
 
-    def compare(self, first: Image.Image, second: Image.Image, prompt: str) -> Answer:
-        """Which of two images is better, asked in both orders since models favour a place.
+    def compare(self, first: Image.Image, second: Image.Image, prompt: str, other_prompt: str | None = None) -> Answer:
+        """Which of two images is better, asked in both orders since models favour a place (see `both_orders`).
+
+        Args:
+            prompt: of the first image, and of the second unless `other_prompt` is given.
 
         Returns:
             An `Answer` with value 1 (first), 0 (second), 0.5 (tie, or a verdict that follows the place), or 0.25 and
             0.75 in between.
         """
-        verdicts = [self._verdict(first, second, prompt), self._verdict(second, first, prompt)]
-        return _average([verdicts[0], _turned(verdicts[1])])
+        other = prompt if other_prompt is None else other_prompt
+        key = f"{_digest(first, prompt)}/{_digest(second, other)}"
+        asked = [(f"{key}/there", first, second, prompt, other)]
+        if self.options.both_orders:
+            asked.append((f"{key}/back", second, first, other, prompt))
+        verdicts = [self._keep(*each) for each in asked]
+        for name, *_ in asked:
+            self._verdicts.pop(name, None)
+        return average([verdicts[0], *(turned(verdict) for verdict in verdicts[1:])])
 
     def _score(self, image: Image.Image, prompt: str) -> Answer:
         """The grade of one image."""
@@ -158,22 +181,27 @@ class VlmReward:
         """The share of comparisons won. Verdicts are kept until all are in, so that a retry pays none twice."""
         answers, keys = [], []
         for number, reference in enumerate(self._references):
-            for turned in (False, True):
-                pair = (reference, image) if turned else (image, reference)
-                digest = hashlib.sha256(image.tobytes() + prompt.encode()).hexdigest()
-                key = f"{digest}/{image.size}/{number}/{turned}"
-                if key not in self._verdicts:
-                    self._verdicts[key] = self._verdict(*pair, prompt)
-                verdict = self._verdicts[key]
-                answers.append(_turned(verdict) if turned else verdict)
+            for back in (False, True):
+                pair = (reference, image) if back else (image, reference)
+                key = f"{_digest(image, prompt)}/{number}/{back}"
+                verdict = self._keep(key, *pair, prompt, prompt)
+                answers.append(turned(verdict) if back else verdict)
                 keys.append(key)
         for key in keys:
             self._verdicts.pop(key, None)
-        return _average(answers)
+        return average(answers)
 
-    def _verdict(self, first: Image.Image, second: Image.Image, prompt: str) -> Answer:
+    def _keep(self, key: str, first: Image.Image, second: Image.Image, prompt: str, other: str) -> Answer:
+        """The verdict under this key, asked for when it is not known: a retry pays none twice."""
+        if key not in self._verdicts:
+            self._verdicts[key] = self._verdict(first, second, prompt, other)
+        return self._verdicts[key]
+
+    def _verdict(self, first: Image.Image, second: Image.Image, prompt: str, other: str) -> Answer:
         """1 if the first is better, 0 if the second is, 0.5 for a tie."""
-        said = self._ask(self.options.grading_prompt or PAIR_PROMPT, PAIR_SCHEMA, prompt, [first, second])
+        text = self.options.grading_prompt if self.options.mode != "score" else None
+        text = text or (PAIR_PROMPT if prompt == other else TWO_PROMPTS)
+        said = self._ask(text.replace("{other_prompt}", other), PAIR_SCHEMA, prompt, [first, second])
         return said if isinstance(said, Answer) else read_verdict(said)
 
     def _ask(self, text: str, schema: dict[str, Any], prompt: str, images: Sequence[Image.Image]) -> str | Answer:
@@ -212,70 +240,9 @@ class VlmReward:
         return Answer.failure(f"HTTP {error.status_code}: {said}")
 
 
-def read_completion(completion: Any) -> str | Answer:
-    """The text of a chat completion, or a failed answer for a refusal or a reply cut short.
-
-    Raises:
-        RemoteError: it is no chat completion.
-    """
-    choices = getattr(completion, "choices", None)
-    if not isinstance(choices, list) or not choices or getattr(choices[0], "message", None) is None:
-        raise RemoteError(f"expected a chat completion, got {str(completion)[:200]!r}")
-    message, reason = choices[0].message, choices[0].finish_reason
-    refusal, content = getattr(message, "refusal", None), message.content
-    if refusal:
-        return Answer.failure(f"the model refused: {str(refusal)[:200]}", raw=str(refusal))
-    if reason in ("length", "content_filter"):
-        return Answer.failure(f"the reply was cut short ({reason})", raw=content)
-    if not isinstance(content, str) or not content.strip():
-        return Answer.failure("the reply is empty", raw=content)
-    return content
-
-
-def read_score(said: str) -> Answer:
-    """{"reason": text, "score": 0 to 10}, optionally in a code fence; anything else is a failed answer."""
-    found = _object(said)
-    if found is None or not isinstance(found.get("reason"), str):
-        return Answer.failure('expected {"reason": …, "score": …}, got something else', raw=said)
-    score = found.get("score")
-    if isinstance(score, bool) or not isinstance(score, (int, float)):
-        return Answer.failure(f"expected a number as `score`, got {str(score)[:60]!r}", raw=said)
-    if not 0 <= score <= 10:
-        return Answer.failure(f"expected a score from 0 to 10, got {score}", raw=said)
-    return Answer(float(score), raw=said)
-
-
-def read_verdict(said: str) -> Answer:
-    """{"reason": text, "better": "first" | "second" | "tie"}; anything else is a failed answer."""
-    found = _object(said)
-    better = found.get("better") if found is not None and isinstance(found.get("reason"), str) else None
-    if not isinstance(better, str) or better not in WORTH:
-        return Answer.failure('expected {"reason": …, "better": "first", "second" or "tie"}', raw=said)
-    return Answer(WORTH[better], raw=said)
-
-
-def _object(said: str) -> dict[str, Any] | None:
-    """The one JSON object in the text, which may stand in a code fence."""
-    fenced = FENCE.fullmatch(said.strip())
-    try:
-        found = json.loads(fenced[1] if fenced else said)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def _turned(verdict: Answer) -> Answer:
-    """The verdict as seen from the other image."""
-    return Answer(1.0 - verdict.value, error=verdict.error, raw=verdict.raw)
-
-
-def _average(verdicts: Sequence[Answer]) -> Answer:
-    """Their mean; failed as soon as one failed."""
-    raw = [verdict.raw for verdict in verdicts]
-    for verdict in verdicts:
-        if verdict.failed:
-            return Answer.failure(str(verdict.error), raw=raw)
-    return Answer(sum(verdict.value for verdict in verdicts) / len(verdicts), raw=raw)
+def _digest(image: Image.Image, prompt: str) -> str:
+    """Names an image and its prompt."""
+    return f"{hashlib.sha256(image.tobytes() + prompt.encode()).hexdigest()}{image.size}"
 
 
 def _open(path: str) -> Image.Image:

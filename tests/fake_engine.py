@@ -16,6 +16,7 @@ from torch import Tensor
 from tiltopt.online.engine import Ask, Data, Drawn, Plan
 from tiltopt.online.seeds import derive, generator
 from tiltopt.online.team import Team
+from tiltopt.surrogates.preference import fit_pairwise
 
 WIDTH = 4
 PARTICLES = 6
@@ -42,6 +43,8 @@ class FakeEngine:
         from tiltopt import surrogates
 
         self.seen.append(data)
+        if data.comparisons is not None:
+            return fit_pairwise(data.X, data.comparisons)
         return surrogates.fit("linear", data.X, data.Y, sem=data.sem, generator=generator(self.seed, "fit", round_))
 
     def draw(

@@ -11,6 +11,7 @@ import torch
 from tiltopt.errors import StoreError
 from tiltopt.online.database import Database
 from tiltopt.online.rows import TRANSITIONS, NewQuery, RoundRecord, pack
+from tiltopt.online.schema import comparisons, meta
 from tiltopt.online.store import Store
 
 
@@ -186,6 +187,113 @@ class StoreContract:
         asked.abandon(4, "unsafe")
         assert asked.counts() == {"asked": 2, "failed": 0, "answered": 1, "abandoned": 1}
         assert asked.counts(7) == {"asked": 0, "failed": 0, "answered": 0, "abandoned": 0}
+
+    # ---- comparisons
+
+    def test_a_comparison_answers_what_was_asked_and_undo_asks_again(self, asked: Store) -> None:
+        first = asked.comparisons.add(2, 1, rater="ann", raw="nicer")
+        second = asked.comparisons.add(2, 3, "tie")
+        assert (first, second) == (1, 2)
+        assert asked.counts() == {"asked": 1, "failed": 0, "answered": 3, "abandoned": 0}
+        assert asked.get(2).value is None
+        assert asked.comparisons.undo().id == 2
+        assert [asked.get(i).state for i in (1, 2, 3, 4)] == ["answered", "answered", "asked", "asked"]
+        assert asked.comparisons.undo(1).winner == 2
+        assert asked.counts()["asked"] == 4
+        with pytest.raises(StoreError, match="no comparison to take back"):
+            asked.comparisons.undo()
+        with pytest.raises(StoreError, match="comparison 1 was taken back already"):
+            asked.comparisons.undo(1)
+        assert asked.comparisons.add(4, 1) == 3, "numbers are never used again"
+        frame = asked.comparisons.frame()
+        assert frame[["id", "round", "winner", "loser", "outcome"]].values.tolist() == [[3, 0, 4, 1, "win"]]
+
+    def test_a_failed_comparison_is_kept_and_answers_nothing(self, asked: Store) -> None:
+        asked.comparisons.add(1, 2, "failed", error="the model refused", raw="no")
+        assert asked.counts()["asked"] == 4
+        row = asked.comparisons.rows()[0]
+        assert (row.outcome, row.error, row.raw, row.undone) == ("failed", "the model refused", "no", 0)
+        assert asked.comparisons.data().X.shape[0] == 0
+
+    @pytest.mark.parametrize(
+        ("pair", "outcome", "message"),
+        [
+            ((1, 9), "win", "unknown query 9: the run has queries 1 to 4"),
+            ((0, 1), "win", "unknown query 0"),
+            ((10**40, 1), "win", "unknown query 1000"),
+            ((2, 2), "win", "query 2 cannot be compared with itself"),
+            ((1, 4), "win", r"query 4 is abandoned \(unsafe\) and cannot be compared"),
+            ((3, 1), "win", r"query 3 is failed \(broken\).*retry it first"),
+            ((1, 2), "better", "win, tie, failed, got 'better'"),
+        ],
+    )
+    def test_impossible_comparisons_are_refused(
+        self, asked: Store, pair: tuple[int, int], outcome: str, message: str
+    ) -> None:
+        asked.abandon(4, "unsafe")
+        asked.fail(3, "broken")
+        with pytest.raises(StoreError, match=message):
+            asked.comparisons.add(*pair, outcome)
+        assert asked.comparisons.rows() == []
+        assert asked.counts()["asked"] == 2
+
+    def test_comparisons_that_a_later_round_used_stay(self, asked: Store) -> None:
+        asked.comparisons.add(1, 2)
+        asked.add_round(RoundRecord(1, "plain", 1), new_queries(5, 1), "toy")
+        with pytest.raises(StoreError, match="made in round 0 and round 1 was drawn from it"):
+            asked.comparisons.undo()
+        asked.comparisons.add(5, 1)
+        asked.comparisons.undo()
+        assert (asked.get(5).state, asked.get(1).state) == ("asked", "answered")
+
+    def test_comparison_data_does_not_depend_on_the_order_of_arrival(self, database: Database, asked: Store) -> None:
+        other = Store.create(database, "other", {})
+        other.add_round(RoundRecord(0, "plain", 4), new_queries(1, 4), "toy")
+        answers = [(4, 2, "win"), (1, 4, "tie"), (2, 1, "win"), (1, 2, "failed")]
+        for row in answers:
+            asked.comparisons.add(*row)
+        for row in reversed(answers):
+            other.comparisons.add(*row)
+        one, two = asked.comparisons.data(), other.comparisons.data()
+        assert one.comparisons is not None
+        assert two.comparisons is not None
+        assert one.comparisons.tolist() == [[1, 0], [0, 2], [2, 0], [2, 1]], "rows of X: queries 1, 2, 4"
+        assert torch.equal(one.comparisons, two.comparisons)
+        assert torch.equal(one.X[:, 0], torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64))
+        assert torch.equal(one.X, two.X)
+        assert one.pending[:, 0].tolist() == [3.0]
+        assert one.Y.shape == (0, 1)
+        assert asked.data().X.shape[0] == 0, "a query without a value teaches no surrogate of values"
+        assert torch.equal(asked.vectors_of([4, 1])[:, 0], torch.tensor([4.0, 1.0], dtype=torch.float64))
+
+    def test_a_layout_without_comparisons_is_brought_up_to_date(self, database: Database, asked: Store) -> None:
+        with database.writing() as c:
+            comparisons.drop(c)
+            c.execute(meta.update().where(meta.c.name == "schema_version").values(value="1"))
+        database._check_version(create=False)
+        assert database.version == 2
+        assert asked.comparisons.add(1, 2) == 1
+        assert asked.counts()["answered"] == 2
+
+    def test_many_raters_at_once_lose_no_comparison(self, database: Database, store: Store) -> None:
+        store.add_round(RoundRecord(0, "plain", 20), new_queries(1, 20), "toy")
+        errors: list[Exception] = []
+
+        def work(k: int) -> None:
+            try:
+                mine = Store.open(database, "run")
+                for i in range(1, 16):
+                    mine.comparisons.add(i, i + 1 + k, rater=f"rater {k}")
+            except Exception as error:  # told by the assertion below
+                errors.append(error)
+
+        threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=60)
+        assert errors == []
+        assert [row.id for row in store.comparisons.rows()] == list(range(1, 61))
 
     # ---- workers
 

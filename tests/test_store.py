@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import shutil
 import sqlite3
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -137,6 +139,73 @@ def test_a_newer_schema_is_refused_untouched(path: Path) -> None:
         Database(path)
     with sqlite3.connect(path) as c:
         assert c.execute("SELECT count(*) FROM tiltopt_queries").fetchone() == (200,)
+
+
+@pytest.fixture
+def version_1(tmp_path: Path) -> Path:
+    """A store written by the version before comparisons: 8 queries in 2 rounds, 6 answered, 1 failed, 1 asked."""
+    packed = Path(__file__).parent / "data" / "store_version_1.sqlite.gz"
+    path = tmp_path / "queries.sqlite"
+    path.write_bytes(gzip.decompress(packed.read_bytes()))
+    return path
+
+
+def test_an_older_store_is_brought_up_to_date_and_keeps_every_row(version_1: Path) -> None:
+    tables = ("tiltopt_runs", "tiltopt_rounds", "tiltopt_queries", "tiltopt_features")
+    with sqlite3.connect(version_1) as c:
+        before = [c.execute(f"SELECT * FROM {name}").fetchall() for name in tables]
+    for _ in range(2):  # the second time there is nothing left to do
+        store = Store.open(Database(version_1), "run")
+        assert store.counts() == {"asked": 1, "failed": 1, "answered": 6, "abandoned": 0}
+        assert store.data().X.shape == (6, 4)
+        store.close()
+    with sqlite3.connect(version_1) as c:
+        assert [c.execute(f"SELECT * FROM {name}").fetchall() for name in tables] == before
+        assert c.execute("SELECT value FROM tiltopt_meta").fetchall() == [("2",)]
+    store = Store.open(Database(version_1), "run")
+    assert store.comparisons.add(1, 2) == 1
+    store.close()
+
+
+def test_an_older_store_is_read_as_it_is(version_1: Path) -> None:
+    content = version_1.read_bytes()
+    store = Store.open(Database(version_1, read_only=True), "run")
+    assert store.comparisons.rows() == []
+    assert len(store.comparisons.frame()) == 0
+    assert len(store.frame()) == 8
+    store.close()
+    assert version_1.read_bytes() == content
+
+
+def test_an_update_that_fails_leaves_the_older_store(version_1: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as m:
+        m.setattr("tiltopt.online.database.meta.update", broken)  # after the table was made, before the version
+        with pytest.raises(StoreError, match="full"):
+            Database(version_1)
+    with sqlite3.connect(version_1) as c:
+        assert c.execute("SELECT value FROM tiltopt_meta").fetchall() == [("1",)]
+        assert not c.execute("SELECT 1 FROM sqlite_master WHERE name = 'tiltopt_comparisons'").fetchall()
+    Database(version_1).close()
+
+
+def test_two_processes_update_an_older_store_once(version_1: Path) -> None:
+    errors: list[Exception] = []
+
+    def opens() -> None:
+        try:
+            Database(version_1).close()
+        except Exception as error:  # told by the assertion below
+            errors.append(error)
+
+    threads = [threading.Thread(target=opens) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert errors == []
 
 
 def test_a_read_only_store_reads_beside_a_writer_and_never_writes(path: Path) -> None:

@@ -15,7 +15,7 @@ from tests.misbehaving import half, hangs_up, says, serve, slow
 from tiltopt.errors import ConfigError, RewardError
 from tiltopt.online.runner import Runner
 from tiltopt.rewards import BlackBox, Retry, make_reward, validate
-from tiltopt.rewards.vlm import read_score, read_verdict
+from tiltopt.rewards.judgements import read_score, read_verdict
 
 KEY = "sesame-4711"
 
