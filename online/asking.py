@@ -106,7 +106,7 @@ def _check_enough(data: Data) -> None:
 
 
 def _price(record: RoundRecord, drawn: Sequence[Drawn]) -> RoundRecord:
-    """The round with the price that was used, where the engine tells; the mean where queries had prices of their own."""
+    """The round with the price that was used, where the engine tells; their mean where queries had their own."""
     used = [d.alpha for d in drawn if d.alpha is not None]
     if not used:
         return record
@@ -138,9 +138,9 @@ def commit(
     """
     if model is not None:
         rounds.save_surrogate(folder, job.record, model, engine.feature_id)
+    files.write_images({files.image_path(folder, a.number): d.image for a, d in zip(job.asks, drawn, strict=True)})
     new = []
     for a, d in zip(job.asks, drawn, strict=True):
-        files.write_image(files.image_path(folder, a.number), d.image)
         values = (d.predicted, d.predicted_sd, d.acquired, d.ess, d.log_z)
         new.append(NewQuery(a.number, a.index, a.prompt, a.seed, pack(d.features), *values))
     record = replace(_price(job.record, drawn), ask_seconds=time.monotonic() - started)

@@ -75,7 +75,9 @@ def score_previous(
     if round_ is None or model is None:
         return None, notes
     if isinstance(model, PairwiseModel):
-        return _score_comparisons(store, model, round_), notes
+        newer = [row for row in store.comparisons.rows() if row.round >= round_]
+        found = score_comparisons(store, model, newer)
+        return (None if found is None else {**found, "round": round_}), notes
     X, Y, sem, acquired = store.promises_since(round_)
     if not len(X):
         return None, notes
@@ -85,21 +87,23 @@ def score_previous(
     return {**score(model, X, Y, sem=sem, predicted=promised), "round": round_}, notes
 
 
-def _score_comparisons(store: Store, model: PairwiseModel, round_: int) -> dict[str, Any] | None:
-    """How a surrogate predicted the comparisons that came since its round; ties have no right answer and are left out.
+def score_comparisons(store: Store, model: PairwiseModel, rows: Sequence[Any]) -> dict[str, Any] | None:
+    """How a surrogate predicts comparisons that it has not seen; ties have no right answer and are left out.
+
+    Args:
+        rows: of the store's comparisons.
 
     Returns:
-        `comparisons`, `agreement` (share of the winners that it thought the better ones), `nll` (mean of -log of the
-        probability it gave to what came, nats; log 2 = knows nothing) and `round`; None without new comparisons.
+        `comparisons`, `agreement` (share of the winners that it thought the better ones) and `nll` (mean of -log of the
+        probability it gave to what came, nats; log 2 = knows nothing); None without a win among the rows.
     """
-    wins = [row for row in store.comparisons.rows() if row.round >= round_ and row.outcome == "win"]
+    wins = [row for row in rows if row.outcome == "win"]
     if not wins:
         return None
-    p = model.preference(
-        store.vectors_of([row.winner for row in wins]), store.vectors_of([row.loser for row in wins])
-    ).clamp_min(1e-300)
+    winners, losers = (store.vectors_of([getattr(row, side) for row in wins]) for side in ("winner", "loser"))
+    p = model.preference(winners, losers).clamp_min(1e-300)
     right = float((p > 0.5).double().mean())
-    return {"comparisons": len(wins), "agreement": right, "nll": float(-p.log().mean()), "round": round_}
+    return {"comparisons": len(wins), "agreement": right, "nll": float(-p.log().mean())}
 
 
 def plan_of(settings: Settings, scores: Sequence[Mapping[str, Any]]) -> Plan:
@@ -108,8 +112,8 @@ def plan_of(settings: Settings, scores: Sequence[Mapping[str, Any]]) -> Plan:
     if not settings.acquisition.adapt or alpha is None:
         return Plan(alpha, beta)
     now, note = alpha, ""
-    for i in range(len(scores)):
-        now, beta, note = adjust(now, beta, [dict(s) for s in scores[: i + 1]], alpha_floor=alpha)
+    for newest in scores:  # all that `adjust` looks at
+        now, beta, note = adjust(now, beta, [dict(newest)], alpha_floor=alpha)
     return Plan(now, beta, (note,) if note else ())
 
 

@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from sqlalchemy import Connection, Row, and_, func, insert, or_, select, update
+from sqlalchemy import Connection, CursorResult, Row, and_, func, insert, or_, select, update
 from torch import Tensor
 
 from tiltopt.errors import StoreError
 from tiltopt.online.comparisons import Comparisons
 from tiltopt.online.database import Database
 from tiltopt.online.engine import Data
+from tiltopt.online.feature_cache import FeatureCache
 from tiltopt.online.rows import COLUMNS, TRANSITIONS, NewQuery, RoundRecord, matrix, refusal, round_record
 from tiltopt.online.schema import features, queries, rounds, runs
 
@@ -41,6 +42,7 @@ class Store:
         self.database = database
         self.run_id = run_id
         self.comparisons = Comparisons(database, run_id)
+        self._features = FeatureCache(run_id)
 
     @classmethod
     def create(cls, database: Database, name: str, config: Mapping[str, Any]) -> Store:
@@ -248,17 +250,20 @@ class Store:
         return frame.astype(dict.fromkeys(names[2:], "float64"))
 
     def data(self) -> Data:
-        """Every answer and the features of what is pending, in order of query numbers, read in one pass each."""
+        """Every answer and the features of what is pending, in order of query numbers."""
+        numbers = select(queries.c.number).where(queries.c.run_id == self.run_id).order_by(queries.c.number)
+        answered = numbers.add_columns(queries.c.value, queries.c.sem).where(
+            queries.c.state == "answered",
+            queries.c.value.is_not(None),  # answers to comparisons have none
+        )
         with self.database.reading() as c:
-            vectors, values, sems = _columns(c.execute(self._vectors("answered", queries.c.value, queries.c.sem)), 3)
-            (pending,) = _columns(c.execute(self._vectors("asked")), 1)
-        X = matrix(vectors)
+            known, values, sems = _columns(c.execute(answered), 3)
+            (pending,) = _columns(c.execute(numbers.where(queries.c.state == "asked")), 1)
+            self._features.update(c)
         Y = torch.tensor(values, dtype=torch.float64)[:, None]
         spread = np.array(sems, dtype=np.float64)  # None becomes NaN; beside known ones it adds nothing
-        sem = (
-            None if np.isnan(spread).all() else torch.from_numpy(np.nan_to_num(spread))[:, None]
-        )  # unknown adds nothing
-        return Data(X, Y, sem, matrix(pending, X.shape[1]))
+        sem = None if np.isnan(spread).all() else torch.from_numpy(np.nan_to_num(spread))[:, None]
+        return Data(self._features.rows(known), Y, sem, self._features.rows(pending))
 
     def vectors_of(self, numbers: Sequence[int]) -> Tensor:
         """Features (n, d) float64 of the queries with these numbers, in their order."""
@@ -369,10 +374,11 @@ class Store:
         self.database.close()
 
 
-def _columns(rows: Iterable[Any], n: int) -> list[Sequence[Any]]:
-    """Rows of `n` values -> `n` columns."""
-    columns: list[Sequence[Any]] = list(zip(*rows, strict=True))
-    return columns or [()] * n
+def _columns(result: CursorResult[Any], n: int) -> list[Sequence[Any]]:
+    """Rows of `n` values -> `n` columns, past SQLAlchemy's rows, which take longer to make than to read."""
+    rows = [] if result.cursor is None else result.cursor.fetchall()
+    result.close()
+    return [[row[i] for row in rows] for i in range(n)]
 
 
 def _key(number: int) -> int:
