@@ -76,18 +76,19 @@ def write_images(images: Mapping[Path, Image.Image]) -> None:
         except OSError as error:
             raise cannot_write(path, error) from error
 
-    folder = Path()
+    place = Path()
+    folders = {path.parent for path in images}
     try:
-        for folder in {path.parent for path in images}:
-            folder.mkdir(parents=True, exist_ok=True)
+        for place in folders:
+            place.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(WRITERS) as pool:
             partials = list(pool.map(write, images))
-        for partial, path in zip(partials, images, strict=True):
-            os.replace(partial, path)
-        for folder in {path.parent for path in images}:
-            sync_folder(folder)
+        for partial, place in zip(partials, images, strict=True):
+            os.replace(partial, place)
+        for place in folders:
+            sync_folder(place)
     except OSError as error:
-        raise cannot_write(folder, error) from error
+        raise cannot_write(place, error) from error
 
 
 def replace_synced(source: Path, target: Path) -> None:
