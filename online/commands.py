@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import torch
 from botorch.models.model import Model
 
 from tiltopt.errors import ConfigError, StoreError, SurrogateError
 from tiltopt.online.files import cannot_write, write_atomic
-from tiltopt.online.record import RunRecord, load_run, read_json, run_folder
+from tiltopt.online.record import RunRecord, load_run, read_answers, read_json, run_folder
 from tiltopt.online.summary import calibration, summarise
 from tiltopt.online.tables import cell, round_table, table
+from tiltopt.online.utilities import UNIT, tallies
+
+if TYPE_CHECKING:
+    from tiltopt.surrogates.preference import PairwiseModel
 
 STATES = ("asked", "answered", "failed", "abandoned")
 
@@ -23,7 +28,8 @@ def status(folder: str | Path) -> dict[str, Any]:
 
     Returns:
         `folder`, `settings` (reward, prior, sampler, surrogate, acquisition), `rounds` {`drawn`, `planned`}, `queries`
-        (number in each state), `complete`, and `summary` (as in `summary.json`, for what is there).
+        (number in each state), `comparisons` (number of each outcome), `complete`, and `summary` (as in
+        `summary.json`, for what is there).
 
     Raises:
         ConfigError: not the folder of a run. StoreError: one of its files is damaged.
@@ -45,6 +51,7 @@ def status(folder: str | Path) -> dict[str, Any]:
         },
         "rounds": {"drawn": drawn, "planned": planned},
         "queries": counts,
+        "comparisons": record.comparisons["outcome"].value_counts().to_dict() if len(record.comparisons) else {},
         "complete": drawn >= planned and counts["asked"] == 0,
         "summary": _summary(record),
     }
@@ -58,6 +65,8 @@ def status_text(found: dict[str, Any]) -> str:
     detail = ", ".join(f"{n} {state}" for state, n in counts.items() if n)
     lines.append(f"{'rounds':<12} {found['rounds']['drawn']} of {found['rounds']['planned']} drawn")
     lines.append(f"{'queries':<12} {number}" + (f": {detail}" if detail else ""))
+    if found["comparisons"]:
+        lines.append(f"{'comparisons':<12} " + ", ".join(f"{n} {what}" for what, n in found["comparisons"].items()))
     if found["complete"]:
         lines.append(f"{'state':<12} complete")
     else:
@@ -70,6 +79,9 @@ def status_text(found: dict[str, Any]) -> str:
 
 def export(folder: str | Path, target: str | Path, kind: str) -> int:
     """Writes the queries of a run as a table, with the place of each image relative to the run's folder.
+
+    In a run of comparisons the table has the columns `utility`, `wins`, `losses`, `ties` too, and the comparisons go
+    into a second file beside it, `<name>_comparisons`.
 
     Args:
         folder: of the run.
@@ -88,17 +100,26 @@ def export(folder: str | Path, target: str | Path, kind: str) -> int:
             "parquet: expected the package pyarrow, got none. `pip install pyarrow`, or export with --csv."
         )
     record = load_run(folder)
-    frame = record.queries.copy()
+    frame = read_answers(record.folder)[0] if len(record.comparisons) else record.queries.copy()
+    if len(record.comparisons):
+        frame["utility"] = record.queries["value"]
+        frame = pd.concat([frame, tallies(frame["id"].tolist(), record.comparisons)], axis=1)
     frame["image"] = [str(record.image(int(number)).relative_to(record.folder)) for number in frame["id"]]
+    _write_table(frame, target, kind)
+    if len(record.comparisons):
+        _write_table(record.comparisons, target.with_name(f"{target.stem}_comparisons{target.suffix}"), kind)
+    return len(frame)
+
+
+def _write_table(frame: pd.DataFrame, target: Path, kind: str) -> None:
     if kind == "csv":
         write_atomic(target, lambda file: file.write(frame.to_csv(index=False).encode("utf-8")))
-    else:
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            frame.to_parquet(target, index=False)
-        except OSError as error:
-            raise cannot_write(target, error) from error
-    return len(frame)
+        return
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        frame.to_parquet(target, index=False)
+    except OSError as error:
+        raise cannot_write(target, error) from error
 
 
 def surrogate_text(folder: str | Path) -> str:
@@ -111,6 +132,7 @@ def surrogate_text(folder: str | Path) -> str:
         SurrogateError: no surrogate there, or a damaged one.
     """
     from tiltopt.surrogates import io
+    from tiltopt.surrogates.preference import PairwiseModel
 
     folder = Path(folder)
     if not (folder / "surrogate.json").is_file():
@@ -128,6 +150,9 @@ def surrogate_text(folder: str | Path) -> str:
     lines.append(f"{'versions':<14} " + ", ".join(f"{name} {version}" for name, version in sorted(versions.items())))
     if known.get("choice_report"):
         lines += ["", "chosen among the models because:", str(known["choice_report"])]
+    if isinstance(model, PairwiseModel):
+        lines += _later_comparisons(folder, model)
+        return "\n".join(lines)
     checks = _later_rounds(folder, model)
     if checks:
         header = ["round", "answers", "NLL", "in 90 %", "Kendall", "bias"]
@@ -146,7 +171,7 @@ def _summary(record: RunRecord) -> dict[str, Any]:
         record.rounds,
         reference=record.reference,
         reference_fidelity=record.reference_fidelity,
-        unit=str(record.summary.get("unit", "")),
+        unit=UNIT if len(record.comparisons) else str(record.summary.get("unit", "")),
         versions={},
     )
 
@@ -163,6 +188,9 @@ def _data_of(folder: Path) -> str:
     record, number = _run_of(folder), _number_of(folder)
     if record is None or number is None:
         return ""
+    if len(record.comparisons):
+        used = record.comparisons[record.comparisons["round"] < number]
+        return f", {int((used['outcome'] != 'failed').sum())} comparisons of the rounds before round {number}"
     earlier = record.queries[(record.queries["round"] < number) & (record.queries["state"] == "answered")]
     return f", {len(earlier)} answers of the rounds before round {number}"
 
@@ -201,6 +229,28 @@ def _later_rounds(folder: Path, model: Model) -> list[list[str]]:
         numbers = [cell(found[key]) for key in ("nll", "kendall_tau", "optimism_gap")]
         rows.append([str(round_), str(found["n"]), numbers[0], cover, numbers[1], numbers[2]])
     return rows
+
+
+def _later_comparisons(folder: Path, model: PairwiseModel) -> list[str]:
+    """How the surrogate predicted the comparisons that came after it was fitted, none of which it has seen."""
+    record, number = _run_of(folder), _number_of(folder)
+    if record is None or number is None:
+        return []
+    from tiltopt.online.optimizer import Optimizer
+    from tiltopt.online.rounds import score_comparisons
+
+    rows = []
+    with Optimizer.open(record.folder, read_only=True) as run:
+        later = [row for row in run.store.comparisons.rows() if row.round >= number]
+        for round_ in sorted({row.round for row in later}):
+            found = score_comparisons(run.store, model, [row for row in later if row.round == round_])
+            if found is not None:
+                share = f"{100 * found['agreement']:.0f} %"
+                rows.append([str(round_), str(found["comparisons"]), share, cell(found["nll"])])
+    if not rows:
+        return []
+    told = "comparisons that came later (NLL 0.693 = knows nothing):"
+    return ["", told, table(["round", "comparisons", "agreed", "NLL"], rows)]
 
 
 def _short(value: Any) -> str:

@@ -26,6 +26,7 @@ from tiltopt.online.tables import round_table
 from tiltopt.online.team import Team
 from tiltopt.online.together import on_main
 from tiltopt.online.tracking import make_tracking
+from tiltopt.online.utilities import UNIT
 from tiltopt.rewards import make_reward
 from tiltopt.rewards.base import BlackBox
 
@@ -129,6 +130,8 @@ def carry_on(
     settings, team, folder = optimizer.settings, optimizer.team, optimizer.folder
     done = on_main(team, lambda: len(optimizer.store.rounds()))
     unit = black_box.unit if black_box is not None else ""
+    if settings.pairwise:
+        unit = UNIT
     progress = Progress(settings.rounds + 1, done=done, unit=unit, main=team.is_main)
     hooks = Hooks([progress, *make_tracking(settings, folder, main=team.is_main)])
     if team.is_main:
@@ -159,7 +162,7 @@ class _Held:
 
 def _finish(optimizer: Optimizer, result: Result, unit: str, seconds: float) -> None:
     folder = optimizer.folder
-    record = load_run(folder, optimizer.queries())
+    record = load_run(folder, optimizer.queries(), optimizer.comparisons())
     summary = summarise(
         record.settings,
         record.queries,
@@ -172,7 +175,7 @@ def _finish(optimizer: Optimizer, result: Result, unit: str, seconds: float) -> 
     )
     summary["complete"] = result.complete
     write_json(folder / "summary.json", summary)
-    report = write_report(folder, load_run(folder, optimizer.queries()))
+    report = write_report(folder, load_run(folder, optimizer.queries(), optimizer.comparisons()))
     print()
     print(round_table(summary))
     if result.stop is not None:

@@ -12,6 +12,7 @@ import pandas as pd
 
 from tiltopt.errors import ConfigError, StoreError
 from tiltopt.online.files import image_path
+from tiltopt.online.utilities import with_utilities
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,13 @@ class RunRecord:
     Args:
         folder: the run's folder, `checkpoints/<run>`.
         settings: the content of `config.json`, as a plain dict.
-        queries: columns `id round prompt seed state value sem predicted predicted_sd error`, ordered by id.
+        queries: columns `id round prompt seed state value sem predicted predicted_sd error`, ordered by id. In a run of
+            comparisons `value` is the utility that they give a query (see `tiltopt.online.utilities`).
         rounds: the content of every `round_NNN/summary.json`, in order.
         summary: the content of `summary.json`; empty when the run has not written one yet.
         reference: rewards of plain samples that were scored for the report; None when there are none.
         reference_fidelity: the judge's accuracy on them.
+        comparisons: columns of `tiltopt.online.comparisons.COLUMNS`; empty in a run of values.
     """
 
     folder: Path
@@ -35,6 +38,7 @@ class RunRecord:
     summary: Mapping[str, Any] = field(default_factory=dict)
     reference: tuple[float, ...] | None = None
     reference_fidelity: float | None = None
+    comparisons: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     def image(self, id: int) -> Path:
         """Where the image of a query is."""
@@ -57,12 +61,15 @@ def run_folder(folder: str | Path) -> Path:
     raise ConfigError(f"{path}: expected the folder of a run, with a config.json in it, got {got}.{hint}")
 
 
-def load_run(folder: str | Path, queries: pd.DataFrame | None = None) -> RunRecord:
+def load_run(
+    folder: str | Path, queries: pd.DataFrame | None = None, comparisons: pd.DataFrame | None = None
+) -> RunRecord:
     """Reads a run's folder.
 
     Args:
         folder: the run's folder.
         queries: the run's queries, when the caller has them at hand; read from the store when None.
+        comparisons: the run's comparisons, handed over along with `queries`; none when None.
 
     Raises:
         ConfigError: not the folder of a run.
@@ -73,30 +80,36 @@ def load_run(folder: str | Path, queries: pd.DataFrame | None = None) -> RunReco
     settings = config["settings"] if isinstance(config.get("settings"), dict) else config
     reference = read_json(path / "reference" / "values.json", {})
     values = reference.get("values")
+    if queries is None:
+        queries, comparisons = read_answers(path)
+    if comparisons is None:
+        comparisons = pd.DataFrame()
     return RunRecord(
         folder=path,
         settings=settings,
-        queries=read_queries(path) if queries is None else queries,
+        queries=with_utilities(queries, comparisons),
         rounds=tuple(read_json(file) for file in sorted(path.glob("round_*/summary.json"))),
         summary=read_json(path / "summary.json", {}),
         reference=None if not values else tuple(float("nan") if v is None else float(v) for v in values),
         reference_fidelity=reference.get("fidelity"),
+        comparisons=comparisons,
     )
 
 
-def read_queries(folder: Path) -> pd.DataFrame:
-    """The queries of a run's store, or of the table that an evaluation leaves."""
+def read_answers(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The queries and the comparisons of a run's store, or the queries of the table that an evaluation leaves."""
     table = folder / "queries.csv"
     if table.exists() and not (folder / "queries.sqlite").exists() and not (folder / "store.json").exists():
         try:
-            return pd.read_csv(table, dtype={"prompt": str, "state": str, "error": object}, keep_default_na=True)
+            types: dict[str, Any] = {"prompt": str, "state": str, "error": object}
+            return pd.read_csv(table, dtype=types, keep_default_na=True), pd.DataFrame()
         except ValueError as error:
             raise StoreError(f"{table}: expected a table of queries, got {error}. Run the evaluation again.") from error
     from tiltopt.online.optimizer import Optimizer
 
     run = Optimizer.open(folder, read_only=True)
     try:
-        return run.queries()
+        return run.queries(), run.comparisons()
     finally:
         run.close()
 

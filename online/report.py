@@ -19,6 +19,7 @@ from tiltopt.online.files import write_atomic
 from tiltopt.online.record import RunRecord, load_run
 from tiltopt.online.summary import summarise
 from tiltopt.online.tables import ROUND_COLUMNS
+from tiltopt.online.utilities import UNIT, tallies
 
 MAX_SIDE = 256  # pixels of an embedded image; larger ones are scaled down
 PER_ROUND = 24  # images shown of a round
@@ -158,9 +159,13 @@ def card(record: RunRecord, row: pd.Series, places: int, unit: str) -> dict[str,
         predicted = charts.number(row["predicted"], places)
         if _is_number(row["predicted_sd"]):
             predicted += f" ± {charts.number(row['predicted_sd'], places)}"
+    value = f"{charts.number(float(row['value']), places)} {unit}".strip()
+    if len(record.comparisons):
+        won, lost, tied = tallies([int(row["id"])], record.comparisons).iloc[0]
+        value += f" ({won} won, {lost} lost" + (f", {tied} tied)" if tied else ")")
     return {
         "uri": data_uri(record.image(int(row["id"]))),
-        "value": f"{charts.number(float(row['value']), places)} {unit}".strip(),
+        "value": value,
         "predicted": predicted,
         "prompt": str(row["prompt"]),
         "id": str(int(row["id"])),
@@ -178,7 +183,12 @@ def _summary(record: RunRecord) -> dict[str, Any]:
     """The run's summary; for a run that has not ended, made from what is there."""
     told, data = record.summary, record.queries
     same_rounds = len(told.get("rounds", ())) == data["round"].nunique()
-    if told and same_rounds and told.get("answered") == (data["state"] == "answered").sum():
+    if (
+        told
+        and same_rounds
+        and not len(record.comparisons)
+        and told.get("answered") == (data["state"] == "answered").sum()
+    ):
         return dict(told)
     return summarise(
         record.settings,
@@ -186,7 +196,7 @@ def _summary(record: RunRecord) -> dict[str, Any]:
         record.rounds,
         reference=record.reference,
         reference_fidelity=record.reference_fidelity,
-        unit=str(record.summary.get("unit", "")),
+        unit=UNIT if len(record.comparisons) else str(record.summary.get("unit", "")),
         seconds=record.summary.get("seconds"),
         versions=record.summary.get("versions"),
     )
@@ -199,8 +209,11 @@ def _lead(record: RunRecord, summary: Mapping[str, Any]) -> str:
         return str(dict(settings.get(section, {})).get(key, "?"))
 
     answered, rounds = summary.get("answered", 0), len(summary.get("rounds", ()))
+    what = f"{answered} answers of the black box"
+    if len(record.comparisons):
+        what = f"{int((record.comparisons['outcome'] != 'failed').sum())} comparisons of {answered} designs"
     return (
-        f"{answered} answers of the black box in {rounds} round{'s' if rounds != 1 else ''}: designs drawn from the "
+        f"{what} in {rounds} round{'s' if rounds != 1 else ''}: designs drawn from the "
         f"prior “{name('prior', 'path')}” by “{name('sampler')}”, "
         f"guided by a “{name('model')}” surrogate and the “{name('acquisition')}” acquisition."
     )

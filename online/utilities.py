@@ -8,6 +8,9 @@ import numpy as np
 import pandas as pd
 from scipy.special import log_ndtr
 
+UNIT = "utility"
+"""One is the standard deviation of the judgement of one image."""
+
 PRIOR_SD = 1.0
 STEPS = 50
 
@@ -70,13 +73,18 @@ def _objective(u: np.ndarray, winners: np.ndarray, losers: np.ndarray, weight: n
 
 
 def with_utilities(queries: pd.DataFrame, comparisons: pd.DataFrame) -> pd.DataFrame:
-    """The table of queries with the utilities as `value` wherever an answer has none."""
+    """The table of queries with the utilities as `value` wherever an answer has none.
+
+    What a surrogate of comparisons had predicted is left out: its utilities have another zero and another scale.
+    """
     if not len(comparisons):
         return queries
     known = utilities(comparisons)
     out = queries.copy()
     missing = out["value"].isna() & (out["state"] == "answered")
+    out["value"] = out["value"].astype("float64")
     out.loc[missing, "value"] = out.loc[missing, "id"].map(known).astype("float64")
+    out[["predicted", "predicted_sd"]] = np.nan
     return out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from PIL import Image
 from scipy import optimize, stats
 
 from tests.fake_engine import CONFIG, FakeEngine, LoggedReward, features_of, points, to_image, truth
+from tiltopt import cli
 from tiltopt.errors import ConfigError, RewardError, StoreError
 from tiltopt.online import loop, rounds
 from tiltopt.online.components import check
+from tiltopt.online.importing import Measurements, import_measurements
 from tiltopt.online.optimizer import Optimizer
 from tiltopt.online.pairs import Pairs, ring
 from tiltopt.online.settings import Settings
@@ -375,3 +378,41 @@ def test_tables_of_utilities_and_tallies(opt: Optimizer) -> None:
     assert tallies([1, 2, 3, 4], frame).values.tolist() == [[2, 0, 0], [0, 1, 1], [0, 1, 1], [0, 0, 0]]
     summary = rounds.summarise(opt.store, opt.store.rounds()[0])
     assert json.loads(json.dumps(summary))["comparisons"] == {"win": 2, "tie": 1}
+
+
+# ---- what is said of it
+
+
+def test_status_report_export_and_surrogate_of_a_run_of_comparisons(tmp_path: Path, capsys: Any) -> None:
+    folder = tmp_path / "run"
+    with Optimizer.create(folder, PAIRWISE | {"answer_noise": 0.1}, engine=FakeEngine()) as opt:
+        assert loop.run(opt, LoggedReward()).complete
+        made = opt.comparisons()
+        queries = opt.queries()
+    assert cli.main(["status", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert f"comparisons  {(made['outcome'] == 'win').sum()} win" in said
+    assert re.search(r"^0 +8 +-?\d", said, re.MULTILINE), "a round has a mean utility"
+    assert cli.main(["export", str(folder), "--csv", str(tmp_path / "out.csv")]) == 0
+    table, pairs = (pd.read_csv(tmp_path / name) for name in ("out.csv", "out_comparisons.csv"))
+    assert table["value"].isna().all()
+    assert table["utility"].tolist() == pytest.approx([utilities(made)[i] for i in queries["id"]])
+    assert (table["wins"] + table["losses"] + table["ties"]).sum() == 2 * len(made)
+    assert table["predicted"].notna().sum() == 6, "the exported predictions are the surrogate's own"
+    assert pairs[["winner", "loser"]].values.tolist() == made[["winner", "loser"]].values.tolist()
+    assert cli.main(["report", str(folder)]) == 0
+    page = (folder / "report.html").read_text()
+    assert f"{len(made)} comparisons of 14 designs" in page
+    assert re.search(r"utility \(\d+ won, \d+ lost", page)
+    assert cli.main(["surrogate", str(folder / "round_001")]) == 0
+    said = capsys.readouterr().out
+    assert "pairwise" in said
+    assert "comparisons of the rounds before round 1" in said
+    rows = re.findall(r"^(\d) +(\d+) +\d+ %", said, re.MULTILINE)
+    assert rows == [(str(r), str((made["round"] == r).sum())) for r in (1, 2)]
+
+
+def test_measured_values_cannot_be_imported(opt: Optimizer) -> None:
+    found = Measurements((1.0,), (None,), ("a",), None, torch.zeros(1, 4), "f")
+    with pytest.raises(StoreError, match="got one of comparisons"):
+        import_measurements(opt, found, "x.csv")
