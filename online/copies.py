@@ -19,6 +19,7 @@ _IN_ROUND = "run_id IN (SELECT id FROM source.tiltopt_runs) AND round = ?"  # ev
 _BY_ROUND = {
     "tiltopt_rounds": _IN_ROUND,
     "tiltopt_queries": _IN_ROUND,
+    "tiltopt_comparisons": _IN_ROUND,
     "tiltopt_features": f"(run_id, number) IN (SELECT run_id, number FROM source.tiltopt_queries WHERE {_IN_ROUND})",
 }
 
@@ -32,7 +33,8 @@ def copy_rounds(folder: Path) -> None:
     store = folder / NAME
     with _reading(store) as c:
         changed = c.execute(
-            "SELECT round, max(changed_at) FROM tiltopt_queries GROUP BY round ORDER BY round"
+            "SELECT round, max(changed_at) FROM (SELECT round, changed_at FROM tiltopt_queries UNION ALL "
+            "SELECT round, changed_at FROM tiltopt_comparisons) AS all_of_them GROUP BY round ORDER BY round"
         ).fetchall()
     for round_, moment in changed:
         target = files.round_folder(folder, round_) / NAME
@@ -88,14 +90,13 @@ def _gather(sources: list[tuple[Path, int]], target: Path) -> None:
             c.execute("PRAGMA synchronous=OFF")
             for i, (source, round_) in enumerate(sources):
                 c.execute("ATTACH ? AS source", (str(source),))
-                if i == 0:
-                    layout = "SELECT sql FROM source.sqlite_master WHERE name LIKE 'tiltopt_%' AND sql IS NOT NULL"
-                    for (statement,) in c.execute(layout).fetchall():
-                        c.execute(statement)
+                there = _lay_out(c)
                 newest = i == len(sources) - 1
                 for table in _WHOLE if newest else ():
                     c.execute(f"INSERT INTO {table} SELECT * FROM source.{table}")
                 for table, condition in _BY_ROUND.items():
+                    if table not in there:
+                        continue
                     c.execute(f"INSERT INTO {table} SELECT * FROM source.{table} WHERE {condition}", (round_,))
                 c.commit()
                 c.execute("DETACH source")
@@ -104,6 +105,21 @@ def _gather(sources: list[tuple[Path, int]], target: Path) -> None:
         raise StoreError(f"cannot write {target}: {error}. Nothing that was stored before is lost.") from error
     except OSError as error:
         raise files.cannot_write(target, error) from error
+
+
+def _lay_out(c: sqlite3.Connection) -> set[str]:
+    """Make what the attached source has and the new store lacks; a copy of an older version lacks some tables.
+
+    Returns:
+        The names of the source's tables.
+    """
+    layout = "SELECT type, name, sql FROM {}.sqlite_master WHERE name LIKE 'tiltopt_%' AND sql IS NOT NULL"
+    have = {name for _, name, _ in c.execute(layout.format("main")).fetchall()}
+    wanted = c.execute(layout.format("source")).fetchall()
+    for _, name, statement in wanted:
+        if name not in have:
+            c.execute(statement)
+    return {name for kind, name, _ in wanted if kind == "table"}
 
 
 @contextlib.contextmanager

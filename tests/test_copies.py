@@ -99,3 +99,32 @@ def test_recovery_without_copies_and_of_a_healthy_store(tmp_path: Path) -> None:
     damage(tmp_path / "run" / "queries.sqlite")
     with pytest.raises(StoreError, match="damaged"):
         Optimizer.open(tmp_path / "run", recover=True)
+
+
+def test_comparisons_are_copied_and_come_back(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    config = CONFIG | {"model": {"name": "pairwise"}, "answer_noise": 0.0}
+    with Optimizer.create(folder, config, engine=FakeEngine()) as opt:
+        loop.run(opt, REWARD)
+        whole = opt.comparisons()
+        late = opt.compare(1, 2)  # changes no query, yet the copy of the newest round is out of date
+        opt.checkpoint()
+    assert set(whole["round"]) == {0, 1, 2}
+    damage(folder / "queries.sqlite")
+    with recovered(folder, 2) as opt:
+        back = opt.comparisons()
+        assert back.iloc[:-1].to_dict() == whole.to_dict()
+        assert back["id"].iloc[-1] == late
+        assert opt.compare(2, 1) == late + 1
+
+
+def test_copies_of_an_older_version_come_back_without_comparisons(folder: Path) -> None:
+    for number in (0, 1):
+        with sqlite3.connect(folder / f"round_{number:03d}" / "queries.sqlite") as c:
+            c.execute("DROP TABLE tiltopt_comparisons")
+            c.execute("UPDATE tiltopt_meta SET value = '1'")
+    whole = rows(folder)
+    damage(folder / "queries.sqlite")
+    with recovered(folder, 2) as opt:
+        assert len(opt.comparisons()) == 0
+    assert rows(folder) == whole
