@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from tiltopt.surrogates.linear import LinearModel
 from tiltopt.surrogates.trunk import Trunk, precision, train_regressors, trunk_sizes
 
 MIN_VALIDATION = 8  # held-out answers below which the trunk stays random
+ODDS = (-5.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.5, 3.0)  # log odds of the learnt features' share that are tried
 PSEUDO = 24  # pseudo-answers that pull the inflation towards 1
 
 
@@ -60,13 +62,15 @@ class LastLayerModel(LinearModel):
         if held_out.sum() < MIN_VALIDATION:
             max_epochs = 0  # what is learnt from so few cannot be checked; random features have learnt nothing wrong
         sizes = trunk_sizes(data.X.shape[1], {"hidden": hidden, "features": features})
+        rest = y - _straight(Data(z, y, None if data.sem is None else data.sem / y_scale), held_out, strength)
         state = train_regressors(
-            z, y, (weights * ~held_out)[None], (weights * held_out)[None], sizes, generator, max_epochs=max_epochs
+            z, rest, (weights * ~held_out)[None], (weights * held_out)[None], sizes, generator, max_epochs=max_epochs
         )
         trunk = Trunk(sizes).to(z.device)
         trunk.load_state_dict({k.removeprefix("trunk."): v[0] for k, v in state.items() if k.startswith("trunk.")})
         trunk.requires_grad_(False)
         trunk.standardise(z)
+        balance(trunk, choose_share(trunk(z), features, data, held_out, strength))
         H = trunk(z)
         inflation = _inflation(H, data, held_out, strength)
         scaling, post = solve(Data(H, data.y, data.sem), strength=strength, common_scale=True)
@@ -89,6 +93,46 @@ class LastLayerModel(LinearModel):
         trunk = Trunk(tuple(settings["sizes"]))
         trunk.load_state_dict({k.removeprefix("trunk."): v for k, v in tensors.items() if k.startswith("trunk.")})
         return cls({k: v for k, v in tensors.items() if not k.startswith("trunk.")}, trunk)
+
+
+def _straight(data: Data, held_out: Tensor, strength: float) -> Tensor:
+    """What a linear model of the answers that are not held out says of all of them, (n,)."""
+    train = data.select(~held_out)
+    if len(train) < 2 or train.y.std() == 0:
+        return torch.zeros_like(data.y)
+    model = LinearModel.fit(train, strength=strength)
+    return model.posterior(data.X.unsqueeze(-2)).mean.flatten()
+
+
+def choose_share(H: Tensor, features: int, data: Data, held_out: Tensor, strength: float) -> float:
+    """Share of the prior variance that the learnt features get beside the carried ones.
+
+    The one under which the held-out answers are most probable given the others, times a prior density over the log
+    odds, N(-3, 1.5^2): what a perceptron has learnt from few answers has to prove itself.
+
+    Args:
+        H: (n, features + d), features of the trunk, learnt ones first, both parts of total variance 1.
+    """
+    train, rest = Data(H, data.y, data.sem).select(~held_out), Data(H, data.y, data.sem).select(held_out)
+    if len(rest) < MIN_VALIDATION or train.y.std() == 0:
+        return float(torch.sigmoid(torch.tensor(ODDS[0])))
+    scores = []
+    for odds in ODDS:
+        share = torch.sigmoid(torch.tensor(odds, dtype=H.dtype))
+        relevance = torch.cat([share.sqrt().expand(features), (1 - share).sqrt().expand(H.shape[1] - features)])
+        model = LinearModel.fit(replace(train, relevance=relevance.to(H)), strength=strength, common_scale=True)
+        posterior = model.posterior(rest.X.unsqueeze(-2), observation_noise=True)
+        variance = posterior.variance.flatten() + (0.0 if rest.sem is None else rest.sem**2)
+        density = torch.distributions.Normal(posterior.mean.flatten(), variance.sqrt()).log_prob(rest.y).sum()
+        scores.append(float(density) - 0.5 * ((odds + 3) / 1.5) ** 2)
+    return float(torch.sigmoid(torch.tensor(ODDS[scores.index(max(scores))])))
+
+
+def balance(trunk: Trunk, share: float) -> None:
+    """Give the learnt features of a standardised trunk their share of the variance, the carried ones the rest."""
+    learnt = trunk.sizes[-1]
+    trunk.scale[:learnt] /= share**0.5
+    trunk.scale[learnt:] /= (1 - share) ** 0.5
 
 
 def split(n: int, share: float, generator: Generator) -> Tensor:

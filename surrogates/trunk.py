@@ -10,6 +10,8 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+PATIENCE_STEPS = 100  # optimiser steps without progress before training stops, however few make an epoch
+
 
 class Trunk(nn.Module):
     """z (..., d) -> (..., sizes[-1] + d): a perceptron's features beside z / sqrt(d) itself, then shifted and scaled.
@@ -100,7 +102,8 @@ def train_regressors(
     optimiser = torch.optim.AdamW(params.values(), lr=lr, weight_decay=weight_decay)
     best = {name: p.detach().clone() for name, p in params.items()}
     best_loss = torch.full((len(weights),), math.inf, dtype=z.dtype, device=z.device)
-    stale = 0
+    stale, batches = 0, -(-len(z) // batch)
+    patience = max(patience, -(-PATIENCE_STEPS // batches))
     for _ in range(max_epochs):
         for rows in torch.randperm(len(z), generator=generator).to(z.device).split(batch):
             w = weights[:, rows]
