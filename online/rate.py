@@ -24,6 +24,7 @@ from starlette.routing import BaseRoute, Route
 from tiltopt.errors import ConfigError, TiltoptError
 from tiltopt.online.files import image_path
 from tiltopt.online.rating import Rating
+from tiltopt.online.rating_pairs import PairRating
 from tiltopt.online.report import render
 
 COOKIE = "tiltopt_token"
@@ -35,7 +36,8 @@ def make_app(rating: Rating, token: str, extra: tuple[BaseRoute, ...] = ()) -> S
 
     `GET /` the page, `GET /state` what to show, `GET /image/{id}` a picture, and, as JSON, `POST /rate` {id, value},
     `POST /skip` {id}, `POST /undo`, `POST /next`; each POST answers with the new state. What cannot be done is answered
-    with 409 and the reason.
+    with 409 and the reason. For a `PairRating`: `POST /compare` {first, second, better} and
+    `POST /skip` {first, second}.
 
     Args:
         rating: the run.
@@ -62,10 +64,11 @@ def make_app(rating: Rating, token: str, extra: tuple[BaseRoute, ...] = ()) -> S
         return await known(show)(request)
 
     async def show(request: Request) -> Response:
-        values = {"nonce": nonce, "low": rating.scale.low, "high": rating.scale.high}
+        values: dict[str, Any] = {"nonce": nonce, "low": rating.scale.low, "high": rating.scale.high}
         policy = f"default-src 'self'; script-src 'nonce-{nonce}'; style-src 'unsafe-inline'; img-src 'self'"
         headers = {"Content-Security-Policy": policy, "Cache-Control": "no-store", "Referrer-Policy": "no-referrer"}
-        return HTMLResponse(render({**values, "folder": rating.optimizer.folder.name}, "rate.html.j2"), headers=headers)
+        values |= {"folder": rating.optimizer.folder.name, "pairs": rating.pairs}
+        return HTMLResponse(render(values, "rate.html.j2"), headers=headers)
 
     async def picture(request: Request) -> Response:
         path = image_path(rating.optimizer.folder, request.path_params["id"])
@@ -101,13 +104,25 @@ def make_app(rating: Rating, token: str, extra: tuple[BaseRoute, ...] = ()) -> S
         Route("/", page),
         Route("/state", known(state)),
         Route("/image/{id:int}", known(picture)),
-        post("/rate", lambda body: rating.rate(body.get("id"), body.get("value"))),
-        post("/skip", lambda body: rating.skip(body.get("id"))),
+        *_answers(rating, post),
         post("/undo", lambda body: rating.undo()),
         post("/next", lambda body: rating.draw()),
     ]
     hosts = ["127.0.0.1", "localhost"]  # a name that some other site points at this machine is refused
     return Starlette(routes=[*routes, *extra], middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)])
+
+
+def _answers(rating: Rating, post: Callable[[str, Callable[[dict[str, Any]], object]], Route]) -> list[BaseRoute]:
+    """The ways to answer: a number for an image, or a choice between two."""
+    if isinstance(rating, PairRating):
+        return [
+            post("/compare", lambda body: rating.compare(body.get("first"), body.get("second"), body.get("better"))),
+            post("/skip", lambda body: rating.skip_pair(body.get("first"), body.get("second"))),
+        ]
+    return [
+        post("/rate", lambda body: rating.rate(body.get("id"), body.get("value"))),
+        post("/skip", lambda body: rating.skip(body.get("id"))),
+    ]
 
 
 def listen(port: int) -> socket.socket:

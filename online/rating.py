@@ -48,6 +48,9 @@ class Rating:
         scale: of the answers.
     """
 
+    unit = "points"
+    pairs = False  # whether two images are shown at a time
+
     def __init__(self, optimizer: Optimizer, scale: Scale | None = None) -> None:
         self.optimizer = optimizer
         self.scale = scale or Scale()
@@ -68,20 +71,24 @@ class Rating:
             store, settings = self.optimizer.store, self.optimizer.settings
             pending = store.in_state("asked")
             last = store.next()[0] - 1
-            drawing = self._drawing is not None and self._drawing.is_alive()
-            return {
+            return self._common() | {
                 "query": {"id": pending[0].number, "prompt": pending[0].prompt} if pending else None,
                 "waiting": len(pending),
                 "asked": sum(store.counts(last).values()) if last >= 0 else 0,
-                "round": last,
-                "rounds": settings.rounds + 1,
                 "answered": store.counts()["answered"],
                 "undo": self._newest(last),
-                "drawing": drawing,
-                "progress": list(self._progress),
-                "complete": not pending and not drawing and self._drawn() > settings.rounds,
-                "trouble": self._trouble,
+                "complete": not pending and not self._busy() and self._drawn() > settings.rounds,
             }
+
+    def _common(self) -> dict[str, Any]:
+        """What a page needs to know whatever is asked of the person."""
+        return {
+            "round": self.optimizer.store.next()[0] - 1,
+            "rounds": self.optimizer.settings.rounds + 1,
+            "drawing": self._busy(),
+            "progress": list(self._progress),
+            "trouble": self._trouble,
+        }
 
     def rate(self, id: Any, value: Any) -> None:
         """Store an answer.
@@ -124,15 +131,23 @@ class Rating:
         with self._lock:
             if self._busy():
                 return
-            if self.optimizer.store.counts()["asked"]:
-                raise StoreError("queries of this round still wait for an answer; rate or skip them first.")
+            self._refuse_early()
             settings, number = self.optimizer.settings, self._drawn()
             if number > settings.rounds:
                 raise StoreError("every planned round is drawn and answered; the run is complete.")
             size = settings.batch_size if number else settings.initial_batch_size
+            self._before_drawing()
             self._trouble = ""
             self._drawing = threading.Thread(target=self._work, args=(size, done), daemon=True)
             self._drawing.start()
+
+    def _refuse_early(self) -> None:
+        """A StoreError while the round waits for answers."""
+        if self.optimizer.store.counts()["asked"]:
+            raise StoreError("queries of this round still wait for an answer; rate or skip them first.")
+
+    def _before_drawing(self) -> None:
+        """What has to be settled before a round is drawn."""
 
     def join(self, timeout: float | None = None) -> None:
         """Wait for the round that is being drawn, if any."""
@@ -146,10 +161,11 @@ class Rating:
             folder = self.optimizer.folder
             if not self.optimizer.store.rounds():
                 return
-            record = load_run(folder, self.optimizer.queries())
-            summary = summarise(record.settings, record.queries, record.rounds, unit="points")
+            queries, comparisons = self.optimizer.queries(), self.optimizer.comparisons()
+            record = load_run(folder, queries, comparisons)
+            summary = summarise(record.settings, record.queries, record.rounds, unit=self.unit)
             write_json(folder / "summary.json", summary | {"complete": self.state()["complete"], "reward": "a person"})
-            write_report(folder, load_run(folder, record.queries))
+            write_report(folder, load_run(folder, queries, comparisons))
 
     def _work(self, size: int, done: Callable[[], None] | None) -> None:
         try:
@@ -183,10 +199,14 @@ class Rating:
         rows = self.optimizer.store.in_state("answered", round_)
         return max(rows, key=lambda row: (row.changed_at, row.number)).number if rows else None
 
+    def _waits(self, round_: int) -> bool:
+        """Whether something of a round is still to be answered."""
+        return self.optimizer.store.counts(round_)["asked"] > 0
+
     def _checkpoint(self) -> None:
         """Summaries of rounds that are answered in full; written again, because an undo may have changed one."""
         for record in self.optimizer.store.rounds():
             place = files.round_folder(self.optimizer.folder, record.round) / "summary.json"
             newest = record.round == self.optimizer.store.next()[0] - 1
-            if self.optimizer.store.counts(record.round)["asked"] == 0 and (newest or not place.exists()):
+            if not self._waits(record.round) and (newest or not place.exists()):
                 rounds.write_summary(self.optimizer.folder, self.optimizer.store, record.round, {})

@@ -1,5 +1,6 @@
 """A person at the page: rates, undoes, reloads, opens a second tab, draws the next round; every answer is stored."""
 
+import asyncio
 import html
 import json
 import re
@@ -13,7 +14,7 @@ import time
 import httpx
 import pytest
 import uvicorn
-from starlette.responses import HTMLResponse
+from starlette.responses import HTMLResponse, PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
@@ -271,7 +272,7 @@ const frame = document.getElementById("f");
 const page = () => frame.contentDocument;
 const count = () => page().getElementById("count")?.textContent || "";
 async function until(text) {
-  for (let i = 0; i < 400; i++) { if (count().startsWith(text)) return; await wait(25); }
+  for (let i = 0; i < 400; i++) { if (count().startsWith(text)) return; await wait(25); await fetch("/pause"); }
   throw new Error(`waited for "${text}", saw "${count()}"`);
 }
 function press(key) { page().dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true})); }
@@ -299,8 +300,12 @@ def test_a_real_browser_rates_undoes_reloads_and_draws_the_next_round(rating, tm
     async def autopilot(request):
         return HTMLResponse(AUTOPILOT)
 
+    async def pause(request):  # the browser's clock is virtual and runs ahead of a round that is being drawn
+        await asyncio.sleep(0.05)
+        return PlainTextResponse("")
+
     server = listen(0)
-    app = make_app(rating, TOKEN, extra=(Route("/autopilot", autopilot),))
+    app = make_app(rating, TOKEN, extra=(Route("/autopilot", autopilot), Route("/pause", pause)))
     runner = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
     thread = threading.Thread(target=runner.run, kwargs={"sockets": [server]}, daemon=True)
     thread.start()

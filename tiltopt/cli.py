@@ -108,10 +108,12 @@ def make_parser() -> argparse.ArgumentParser:
         "table", help="a CSV file with `value`, `image` or `f0`, `f1`, ..., and optionally `prompt`, `sem`"
     )
 
-    rate = add("rate", _rate, "serve a page on which a person rates the images of a run")
-    rate.usage = "tiltopt rate RUN [--port N] [--low X] [--high X] [--config FILE.py[:PRESET] [--config.KEY=VALUE ...]]"
+    rate = add("rate", _rate, "serve a page on which a person rates the images of a run, or picks the better of two")
+    options = "[--pairs] [--port N] [--low X] [--high X] [--config FILE.py[:PRESET] [--config.KEY=VALUE ...]]"
+    rate.usage = f"tiltopt rate RUN {options}"
     rate.add_argument("folder", help="folder of the run; with --config it is made when it is not there")
     rate.add_argument("--port", type=_count, default=0, help="on 127.0.0.1 (default: any free one)")
+    rate.add_argument("--pairs", action="store_true", help="insist on pairs; implied by model.name = pairwise")
     rate.add_argument("--low", type=float, default=0.0, help="what key 0 means (default 0)")
     rate.add_argument("--high", type=float, default=9.0, help="what key 9 means (default 9)")
 
@@ -206,9 +208,13 @@ def _rate(options: argparse.Namespace) -> int:
         raise ConfigError(f"expected the packages of `pip install tiltopt[server]`, got {error}.") from error
     from tiltopt.online.rate import serve
     from tiltopt.online.rating import Rating, Scale
+    from tiltopt.online.rating_pairs import PairRating
 
     with _open_or_create(options.folder, options.rest) as optimizer:
-        serve(Rating(optimizer, Scale(options.low, options.high)), options.port)
+        if options.pairs:
+            optimizer.takes_comparisons()
+        scale = Scale(options.low, options.high)
+        serve(PairRating(optimizer) if optimizer.settings.pairwise else Rating(optimizer, scale), options.port)
     return 0
 
 
