@@ -94,6 +94,11 @@ def check(settings: Settings) -> None:
     _one_of("acquisition.name", settings.acquisition.name, ACQUISITIONS)
     check_path("prior.path", settings.prior.path, "model_index.json", "a StableDiffusionPipeline folder")
     check_path("features.path", settings.features.path, "config.json", "a CLIPModel folder")
+    if settings.reward.options.get("mode") == "compare" and not settings.pairwise:
+        raise ConfigError(
+            "`reward.mode`: 'compare' judges pairs and scores no image, got it with model.name = "
+            f"{settings.model.name!r}; set model.name = 'pairwise', or another mode."
+        )
     try:
         rewards.validate(settings.reward.name, settings.reward.options)
     except TiltoptError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tests.tiny import tiny_clip, tiny_pipeline
 from tiltopt.errors import SurrogateError
 from tiltopt.online.diffusion_engine import DiffusionEngine
 from tiltopt.online.engine import Ask, Data, Drawn, Plan
+from tiltopt.online.optimizer import Optimizer
 from tiltopt.online.pictures import to_designs, to_images
 from tiltopt.online.pilot import FILE, Pilot
 from tiltopt.online.prompts import prompt_of
@@ -139,6 +141,58 @@ def test_target_kl_sets_the_price(settings: Settings, first: list[Drawn]) -> Non
         potential, _ = engine._tilt(model, data, Plan(None, 1.0), seed=0)
         prices.append(potential.alpha)
     assert prices[0] > prices[1] > 0
+
+
+@pytest.mark.parametrize("alpha", [None, 0.02])
+def test_the_price_that_a_target_chose_is_recorded(settings: Settings, tmp_path: Path, alpha: float | None) -> None:
+    """Also where the settings hold a price too, which the target overrides."""
+    changed = replace(settings, sampler=replace(settings.sampler, alpha=alpha, target_kl=0.5))
+    with Optimizer.create(tmp_path / "run", changed) as opt:
+        for query in opt.ask(CHAINS):
+            opt.tell(query.id, float(np.asarray(query.image).mean()))
+        opt.ask(2)
+        records = opt.store.rounds()
+        data = opt.store.data()
+        model = opt.engine.fit(data, 1)
+        potential, _ = opt.engine._tilt(model, replace(data, pending=data.pending[:0]), Plan(alpha, 1.0), seed=0)
+    assert records[0].alpha is None
+    assert records[1].alpha == pytest.approx(potential.alpha, rel=1e-9)
+
+
+def test_thompson_prices_are_told_apart(settings: Settings, tmp_path: Path) -> None:
+    changed = replace(
+        settings,
+        acquisition=replace(settings.acquisition, name="thompson"),
+        sampler=replace(settings.sampler, alpha=None, target_kl=0.5),
+    )
+    with Optimizer.create(tmp_path / "run", changed) as opt:
+        for query in opt.ask(CHAINS):
+            opt.tell(query.id, float(np.asarray(query.image).mean()))
+        opt.ask(2)
+        record = opt.store.rounds()[1]
+    low, high = (float(text) for text in re.findall(r"own alpha, (\S+) to (\S+);", record.notes[-1])[0])
+    assert record.alpha == pytest.approx((low + high) / 2, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["ucb", "log_ei", "qucb"])
+def test_comparisons_tilt_the_prior(settings: Settings, tmp_path: Path, name: str) -> None:
+    changed = replace(
+        settings,
+        model=replace(settings.model, name="pairwise"),
+        acquisition=replace(settings.acquisition, name=name),
+        sampler=replace(settings.sampler, alpha=None, target_kl=0.5),
+    )
+    with Optimizer.create(tmp_path / "run", changed) as opt:
+        opt.ask(CHAINS)
+        for a, b in opt.pairs():
+            brighter = np.asarray(a.image).mean() > np.asarray(b.image).mean()
+            opt.compare(*((a.id, b.id) if brighter else (b.id, a.id)))
+        drawn = opt.ask(2)
+        assert all(np.isfinite([d.predicted, d.predicted_sd]).all() for d in drawn)
+        record = opt.store.rounds()[1]
+        assert (record.kind, record.notes) == ("tilted", ())
+        assert record.alpha is not None
+        assert record.alpha > 0
 
 
 def test_fitting_is_deterministic(engine: DiffusionEngine, first: list[Drawn]) -> None:

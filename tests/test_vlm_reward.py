@@ -5,14 +5,18 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.fake_engine import CONFIG, FakeEngine, truth
 from tests.misbehaving import half, hangs_up, says, serve, slow
 from tiltopt.errors import ConfigError, RewardError
+from tiltopt.online import loop
+from tiltopt.online.optimizer import Optimizer
 from tiltopt.online.runner import Runner
 from tiltopt.rewards import BlackBox, Retry, make_reward, validate
 from tiltopt.rewards.judgements import read_score, read_verdict
@@ -268,6 +272,70 @@ def test_a_retry_pays_no_comparison_twice(references):
         answer, _ = run(server, mode="pairwise", references=references)
     assert answer.value == 0.5
     assert len(server.requests) == 5  # four comparisons and the one that failed
+
+
+def test_compare_asks_about_each_pair_with_both_prompts():
+    with serve(wider_is_better) as server:
+        box = reward(server, mode="compare")
+        assert box.compare(picture(3), picture(9), "a cat", "a dog").value == 0.0
+        once = reward(server, mode="compare", both_orders=False, grading_prompt="{prompt} or {other_prompt}?")
+        assert once.compare(picture(9), picture(3), "a cat", "a dog").value == 1.0
+        assert box.compare(picture(9), picture(3), "a cat").value == 1.0
+    texts = [seen.body["messages"][0]["content"][0]["text"] for seen in server.requests]
+    assert [widths(seen) for seen in server.requests] == [[3, 9], [9, 3], [9, 3], [9, 3], [3, 9]]
+    assert 'first picture was made for the prompt "a cat", the second for the prompt "a dog"' in texts[0]
+    assert 'first picture was made for the prompt "a dog", the second for the prompt "a cat"' in texts[1]
+    assert texts[2] == "a cat or a dog?"
+    assert texts[3] == texts[4]
+    assert 'Two pictures were made for the prompt "a cat"' in texts[3]
+    with pytest.raises(RewardError, match="mode 'compare' judges pairs"):
+        box([picture(3)], ["x"])
+
+
+def test_a_run_of_comparisons_by_a_model_that_misbehaves(tmp_path):
+    """Every way to misbehave, in turn: what passes is retried, what stays fails its comparison, nothing is guessed."""
+    config = CONFIG | {
+        "rounds": 1, "initial_batch_size": 8, "answer_noise": 0.0, "model": {"name": "pairwise"},
+        "reward": {"name": "vlm", "retries": 1, "backoff_s": 0.0},
+    }  # fmt: skip
+
+    def brighter(handler, seen):
+        urls = [p["image_url"]["url"] for p in seen.body["messages"][0]["content"] if p["type"] == "image_url"]
+        images = [Image.open(io.BytesIO(base64.b64decode(url.split(",", 1)[1]))) for url in urls]
+        better = "first" if truth(images[0]) > truth(images[1]) else "second"
+        handler.send(200, completion(json.dumps({"reason": "brighter", "better": better})))
+
+    script = [
+        brighter,
+        says(500, "oops"),
+        brighter,
+        half,
+        brighter,
+        hangs_up,
+        says(429, "slow down", {"Retry-After": "0"}),
+    ]
+    script += [brighter, says(200, completion("A is better!")), says(200, completion(None, refusal="I will not"))]
+    script += [says(400, '{"error": {"message": "no pictures please"}}'), brighter]
+    with serve(*script) as server, Optimizer.create(tmp_path / "run", config, engine=FakeEngine()) as opt:
+        result = loop.run(opt, reward(server, mode="compare", both_orders=False))
+        assert result.complete
+        frame = opt.comparisons()
+        value = {q: truth(opt.image(q)) for q in opt.queries()["id"]}
+    wins = frame[frame["outcome"] == "win"]
+    assert all(value[row.winner] > value[row.loser] for row in wins.itertuples())
+    failed = frame[frame["outcome"] == "failed"]
+    assert len(wins) + len(failed) == len(frame) == 8 + 6
+    reasons = " | ".join(failed["error"])
+    for text in (
+        "Too Many Requests|slow down|429",
+        "expected {",
+        "the model refused: I will not",
+        "no pictures please",
+    ):
+        assert re.search(text.replace("{", r"\{"), reasons), reasons
+    assert len(failed) == 4
+    assert set(wins["raw"]) != {None}
+    assert set(frame["rater"]) == {"vlm"}
 
 
 def test_readers():

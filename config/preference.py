@@ -1,0 +1,24 @@
+"""Answers are comparisons: which of two pictures is better. A person picks, a model judges, or a reward is held back.
+
+    tiltopt rate checkpoints/mine --config config/preference.py:demo
+    tiltopt run --config config/preference.py:demo --config.reward.name=vlm --config.reward.mode=compare ...
+
+Utilities have no unit of their own, so the price of leaving the prior is chosen each round to spend `target_kl` nats.
+"""
+
+from ml_collections import ConfigDict
+
+from tiltopt.online.presets import preset
+
+
+def get_config(name: str = "demo") -> ConfigDict:
+    config = preset(name)
+    config.model.name = "pairwise"
+    config.model.max_dim = 16  # principal axes of the features that the Gaussian process sees
+    if config.acquisition.name != "mean":
+        config.acquisition.name = "ucb"
+        config.acquisition.beta = 1.0
+    config.acquisition.adapt = False  # utilities promise no reward to be held against
+    config.reference_samples = 0  # a plain sample by itself has no value
+    config.sampler.target_kl = 1.5
+    return config.lock()
