@@ -12,6 +12,7 @@ from botorch.acquisition import (
     PosteriorMean,
     UpperConfidenceBound,
     qLogExpectedImprovement,
+    qLogNoisyExpectedImprovement,
     qUpperConfidenceBound,
 )
 from botorch.models.ensemble import EnsembleModel
@@ -21,9 +22,11 @@ from torch import Generator, Tensor, nn
 
 from tiltopt.errors import SurrogateError
 
-NAMES = ("mean", "ucb", "log_ei", "thompson", "max_member", "qucb", "qlog_ei")
-ALIASES = {"greedy": "mean", "qlogei": "qlog_ei", "logei": "log_ei"}
+NAMES = ("mean", "ucb", "log_ei", "thompson", "max_member", "qucb", "qlog_ei", "qlog_nei")
+ALIASES = {"greedy": "mean", "qlogei": "qlog_ei", "logei": "log_ei", "qlognei": "qlog_nei"}
 MC_SAMPLES = 128
+BASELINE = 32
+"""Answered designs, the best by posterior mean, that `qlog_nei` takes for possibly the best one."""
 
 
 class Acquisition(AcquisitionFunction):
@@ -87,6 +90,7 @@ def make_acquisition(
     beta: float = 1.0,
     best_f: float | None = None,
     X_pending: Tensor | None = None,
+    X_baseline: Tensor | None = None,
     generator: Generator | None = None,
     index: int | None = None,
 ) -> Acquisition:
@@ -101,14 +105,16 @@ def make_acquisition(
     | max_member | max_k f_k(x) | an ensemble |
     | qucb | Monte-Carlo UCB of x jointly with the points already asked | generator |
     | qlog_ei | the same for log EI | best_f, generator |
+    | qlog_nei | log EI over the unknown best of the answered designs; for noisy answers | X_baseline, generator |
 
-    sigma is that of f, without the noise of an answer. Values are in reward units; log_ei and qlog_ei are logarithms,
-    so that dividing them by alpha gives (EI)^(1/alpha).
+    sigma is that of f, without the noise of an answer. Values are in reward units; those of the log-EI family are
+    logarithms, so that dividing them by alpha gives (EI)^(1/alpha).
 
     Args:
         beta: >= 0, multiplies the variance under the root.
         best_f: best answer so far (or best posterior mean, if answers are noisy), reward units.
         X_pending: (m, d), features of points asked but not answered; only the q-acquisitions take them into account.
+        X_baseline: (n, d), features of the answered designs; the 32 of the highest posterior mean are used.
         generator: of the Thompson draw and of the Monte-Carlo base samples.
         index: which prompt of the batch a Thompson draw is for: folded into the draw, so that one generator state
             gives different functions for different prompts.
@@ -123,11 +129,17 @@ def make_acquisition(
         raise SurrogateError(f"`beta` must be finite and >= 0, got {beta}.")
     if name in ("log_ei", "qlog_ei") and (best_f is None or not math.isfinite(best_f)):
         raise SurrogateError(f"acquisition `{name}` needs `best_f`, the best answer so far, got {best_f}.")
-    if name in ("thompson", "qucb", "qlog_ei") and generator is None:
+    if name == "qlog_nei" and (X_baseline is None or len(X_baseline) == 0):
+        raise SurrogateError("acquisition `qlog_nei` needs `X_baseline`, the features of the answered designs.")
+    if name in ("thompson", "qucb", "qlog_ei", "qlog_nei") and generator is None:
         raise SurrogateError(f"acquisition `{name}` draws at random and needs a `generator`.")
     device = next((t.device for t in model.state_dict().values()), torch.device("cpu"))
-    pending = None if X_pending is None else X_pending.detach().to(device=device, dtype=torch.float64)
-    return Acquisition(name, _inner(name, model, beta, best_f, pending, generator, index), model, device)
+
+    def placed(X: Tensor | None) -> Tensor | None:
+        return None if X is None or len(X) == 0 else X.detach().to(device=device, dtype=torch.float64)
+
+    inner = _inner(name, model, beta, best_f, placed(X_pending), placed(X_baseline), generator, index)
+    return Acquisition(name, inner, model, device)
 
 
 def _inner(
@@ -135,7 +147,8 @@ def _inner(
     model: Any,
     beta: float,
     best_f: float | None,
-    X_pending: Tensor | None,
+    pending: Tensor | None,
+    baseline: Tensor | None,
     generator: Generator | None,
     index: int | None,
 ) -> nn.Module:
@@ -156,12 +169,28 @@ def _inner(
     assert generator is not None  # checked by the caller for every name that is left
     if name == "thompson":
         return thompson(model, generator, index)
-    pending = None if X_pending is None or len(X_pending) == 0 else X_pending
     probe = torch.zeros(1, _dim(model), dtype=torch.float64) if pending is None else pending[:1]
     sampler = get_sampler(model.posterior(probe), torch.Size([MC_SAMPLES]), seed=_seed(generator, index))
     if name == "qucb":
         return qUpperConfidenceBound(model, beta=float(beta), sampler=sampler, X_pending=pending)
+    if name == "qlog_nei":
+        assert baseline is not None
+        return noisy_improvement(model, baseline, sampler, pending)
     return qLogExpectedImprovement(model, best_f=best, sampler=sampler, X_pending=pending)
+
+
+def noisy_improvement(model: Model, baseline: Tensor, sampler: Any, pending: Tensor | None) -> nn.Module:
+    """log EI over the unknown best of the answered designs (Letham et al. 2019, arXiv 1706.07094; Ament et al. 2023).
+
+    Args:
+        baseline: (n, d), answered designs; those that cannot be the best are left out, which bounds the cost.
+    """
+    with torch.no_grad():
+        means = torch.cat([model.posterior(rows.unsqueeze(-2)).mean.flatten() for rows in baseline.split(1024)])
+    best = baseline[means.topk(min(BASELINE, len(means))).indices]
+    return qLogNoisyExpectedImprovement(
+        model, X_baseline=best, sampler=sampler, X_pending=pending, prune_baseline=False, cache_root=False
+    )
 
 
 def thompson(model: Any, generator: Generator, index: int | None = None) -> nn.Module:

@@ -57,11 +57,12 @@ def test_closed_forms(models: dict[str, Model], points: Tensor, kind: str) -> No
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["mean", "ucb", "log_ei", "thompson", "qucb", "qlog_ei"])
+@pytest.mark.parametrize("name", ["mean", "ucb", "log_ei", "thompson", "qucb", "qlog_ei", "qlog_nei"])
 def test_gradients_and_types(models: dict[str, Model], points: Tensor, kind: str, name: str) -> None:
     acquisition = make_acquisition(
-        name, models[kind], beta=2.0, best_f=0.2, X_pending=points[:2, 0], generator=generator(3)
-    )
+        name, models[kind], beta=2.0, best_f=0.2, X_pending=points[:2, 0], X_baseline=points[10:19, 0],
+        generator=generator(3),
+    )  # fmt: skip
     x = points[5:9].clone().requires_grad_(True)
     value = acquisition(x)
     assert value.shape == (4,)
@@ -117,6 +118,22 @@ def test_pending_points_lower_the_worth_of_their_neighbours(models: dict[str, Mo
     gain = pending(points).exp() - exact[best].exp()  # what a point adds to the one already asked
     assert gain[best] < 0.1 * exact[best].exp()
     assert gain.max() > gain[best]
+
+
+def test_noisy_improvement_against_joint_draws_of_the_posterior(models: dict[str, Model], points: Tensor) -> None:
+    """E max(f(x) - max_i f(x_i), 0) over 20,000 exact joint draws; 128 quasi-random samples behind ours."""
+    model, baseline = models["linear"], points[:6, 0]
+    ours = make_acquisition("qlog_nei", model, X_baseline=baseline, generator=generator(0))(points[6:])
+    with torch.no_grad():
+        joint = model.posterior(torch.cat([baseline.expand(len(points) - 6, -1, -1), points[6:]], dim=1))
+        root = torch.linalg.cholesky(joint.distribution.covariance_matrix + 1e-10 * torch.eye(7, dtype=torch.float64))
+        z = torch.randn(20000, *root.shape[:-1], generator=generator(7), dtype=torch.float64)
+        f = joint.mean[..., 0] + torch.einsum("nbq,bpq->nbp", z, root)
+        gain = (f[..., -1] - f[..., :-1].amax(-1)).clamp_min(0)
+    exact, error = gain.mean(0), gain.std(0) / 20000**0.5
+    spread = gain.std(0) / 128**0.5
+    assert ((ours.exp() - exact).abs() < 4 * (error + spread) + 1e-3).all()
+    assert ours.argmax() == exact.argmax() or ours.exp()[exact.argmax()] > 0.8 * ours.exp().max()
 
 
 @pytest.mark.parametrize(
