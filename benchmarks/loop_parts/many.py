@@ -1,0 +1,107 @@
+"""What a query costs beside its drawing when many are stored, and what memory it takes."""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.loop_parts.stopwatch import Stopwatch
+from benchmarks.loop_parts.toy import SIDE, ToyEngine, answer, fill, made_features, write_images
+from tiltopt.online.optimizer import Optimizer
+
+ASKED = 16
+"""Queries per `ask`."""
+
+
+def warm_up(folder: Path, width: int) -> None:
+    """A few rounds of a small run, so that no measured one pays for imports."""
+    fill(folder, 64, 16, width)
+    rounds(folder, width, 2)
+
+
+def rounds(folder: Path, width: int, repeats: int) -> tuple[float, list[dict[str, float]]]:
+    """Opens a run, asks and answers `repeats` rounds; seconds to open, and seconds of each round by part.
+
+    `ask` is without drawing and fitting, whose seconds stand beside it; `tell` is that of all the round's answers.
+    """
+    clock, out = Stopwatch(), []
+    started = time.perf_counter()
+    with Optimizer.open(folder, engine=ToyEngine(width, clock)) as run:
+        opened = time.perf_counter() - started
+        for _ in range(repeats):
+            clock.seconds.clear()
+            began = time.perf_counter()
+            asked = run.ask(ASKED)
+            wall = time.perf_counter() - began
+            values = [answer(made_features(query.seed, width)) for query in asked]
+            began = time.perf_counter()
+            for query, value in zip(asked, values, strict=True):
+                run.tell(query.id, value)
+            tell = time.perf_counter() - began
+            draw, fit = clock.seconds.get("draw", 0.0), clock.seconds.get("fit", 0.0)
+            out.append({"ask": wall - draw - fit, "fit": fit, "draw": draw, "tell": tell})
+    return opened, out
+
+
+def per_query(folder: Path, count: int, batch: int, width: int, repeats: int) -> dict[str, Any]:
+    """Milliseconds per query of the loop at `count` stored answers: ask and tell, without drawing; medians."""
+    fill(folder, count, batch, width)
+    opened, measured = rounds(folder, width, repeats + 1)
+    settled = measured[1:]  # the first one reads the features, which happens once per process
+    ms = {part: 1000 * statistics.median(row[part] for row in settled) / ASKED for part in ("ask", "fit", "tell")}
+    return {
+        "queries": count,
+        "features": width,
+        "open_s": opened,
+        "first_ask_s": measured[0]["ask"],
+        "ms_per_query": ms | {"loop": ms["ask"] + ms["tell"], "loop and fit": sum(ms.values())},
+    }
+
+
+def opening(folder: Path, count: int, batch: int, width: int) -> dict[str, Any]:
+    """Seconds to open a run with `count` answers, and of its first and second `ask`."""
+    fill(folder, count, batch, width)
+    opened, (first, second) = rounds(folder, width, 2)
+    return {
+        "queries": count,
+        "features": width,
+        "open_s": opened,
+        "first_ask_s": first["ask"],
+        "next_ask_s": second["ask"],
+        "fit_s": second["fit"],
+        "open_and_first_ask_s": opened + first["ask"],
+    }
+
+
+def memory(folder: Path, few: int, many: int, width: int) -> dict[str, Any]:
+    """Peak resident memory of fresh processes that open, ask and tell: queries varied without images, then images."""
+    peaks = {}
+    for queries, images in ((few, few), (many, few), (many, many)):
+        place = folder / f"{queries}_{images}"
+        fill(place, queries, 100, width)
+        write_images(place, images)
+        command = [sys.executable, "-m", "benchmarks.loop_parts.many", str(place), str(width)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks[queries, images] = json.loads(done.stdout.splitlines()[-1])
+    return {
+        "image_bytes": 3 * SIDE * SIDE,
+        "peak_kb": {f"{q} queries, {i} images": peak for (q, i), peak in peaks.items()},
+        "bytes_per_query": 1024 * (peaks[many, few] - peaks[few, few]) / (many - few),
+        "bytes_per_image": 1024 * (peaks[many, many] - peaks[many, few]) / (many - few),
+    }
+
+
+def main() -> None:
+    """`FOLDER WIDTH`: prints the peak resident memory (KiB) of a round of a run."""
+    rounds(Path(sys.argv[1]), int(sys.argv[2]), 1)
+    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+
+
+if __name__ == "__main__":
+    main()
