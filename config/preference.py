@@ -14,7 +14,6 @@ from tiltopt.online.presets import preset
 def get_config(name: str = "demo") -> ConfigDict:
     config = preset(name)
     config.model.name = "pairwise"
-    config.model.max_dim = 16  # principal axes of the features that the Gaussian process sees
     if config.acquisition.name != "mean":
         config.acquisition.name = "ucb"
         config.acquisition.beta = 1.0

@@ -218,7 +218,7 @@ def _check_pairwise(settings: Settings) -> None:
     why = "where answers are comparisons (model.name = 'pairwise')"
     name = settings.acquisition.name
     known = name not in ("thompson", "max_member")
-    _require(known, "acquisition.name", name, f"one of mean, ucb, log_ei, qucb, qlog_ei {why}")
+    _require(known, "acquisition.name", name, f"one of mean, ucb, log_ei, qucb, qlog_ei, qlog_nei {why}")
     adapt = settings.acquisition.adapt
     _require(not adapt, "acquisition.adapt", adapt, f"False {why}: utilities promise no reward to be held against")
     samples = settings.reference_samples

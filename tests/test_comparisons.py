@@ -325,14 +325,14 @@ def test_preference_is_the_probability_of_winning() -> None:
     assert abs(wins.mean() - p[0]) < 4 * wins.std() / math.sqrt(len(u))
 
 
-@pytest.mark.parametrize("name", ["mean", "ucb", "log_ei", "qucb", "qlog_ei"])
+@pytest.mark.parametrize("name", ["mean", "ucb", "log_ei", "qucb", "qlog_ei", "qlog_nei"])
 def test_acquisitions_over_utilities_have_gradients(name: str) -> None:
     g = torch.Generator().manual_seed(1)
     X = torch.randn(10, 3, generator=g, dtype=torch.float64)
     model = fit_pairwise(X, torch.tensor([[0, 1], [2, 3], [4, 5], [0, 6], [7, 8], [9, 1]]))
     best = float(model.posterior(X.unsqueeze(-2)).mean.max())
     for pending in (None, X[:2] + 0.1):
-        a = make_acquisition(name, model, beta=1.0, best_f=best, generator=g, X_pending=pending)
+        a = make_acquisition(name, model, beta=1.0, best_f=best, generator=g, X_pending=pending, X_baseline=X)
         x = torch.randn(5, 1, 3, generator=g, dtype=torch.float64).requires_grad_()
         (slope,) = torch.autograd.grad(a(x).sum(), x)
         step = torch.zeros_like(x)
