@@ -66,6 +66,8 @@ setup(
         ],
         "recipe": ["fonttools>=4.50"],
         "bench": ["cma>=4", "matplotlib>=3.9", "POT", "scikit-learn"],
+        "parquet": ["pyarrow>=16"],
+        "tensorboard": ["tensorboard>=2.17"],
         "server": ["starlette", "uvicorn", "httpx", "openai", "psycopg[binary]"],
     },
     entry_points={"console_scripts": ["tiltopt=tiltopt.cli:main"]},

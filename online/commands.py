@@ -11,7 +11,7 @@ import torch
 from botorch.models.model import Model
 
 from tiltopt.errors import ConfigError, StoreError, SurrogateError
-from tiltopt.online.files import cannot_write, write_atomic
+from tiltopt.online.files import write_atomic
 from tiltopt.online.record import RunRecord, load_run, read_answers, read_json, run_folder
 from tiltopt.online.summary import calibration, summarise
 from tiltopt.online.tables import cell, round_table, table
@@ -113,13 +113,12 @@ def export(folder: str | Path, target: str | Path, kind: str) -> int:
 
 def _write_table(frame: pd.DataFrame, target: Path, kind: str) -> None:
     if kind == "csv":
-        write_atomic(target, lambda file: file.write(frame.to_csv(index=False).encode("utf-8")))
-        return
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        frame.to_parquet(target, index=False)
-    except OSError as error:
-        raise cannot_write(target, error) from error
+        content = frame.to_csv(index=False).encode("utf-8")
+    else:  # text is text also in a column that happens to be empty, whose type could not be told
+        objects = [name for name in frame if frame[name].dtype == object]
+        text = [name for name in objects if all(isinstance(value, str) for value in frame[name].dropna())]
+        content = frame.astype(dict.fromkeys(text, "string")).to_parquet(index=False)
+    write_atomic(target, lambda file: file.write(content))
 
 
 def surrogate_text(folder: str | Path) -> str:

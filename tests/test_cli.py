@@ -91,13 +91,20 @@ def test_parquet_equals_csv_or_says_what_to_install(finished, tmp_path, capsys):
     target = tmp_path / "all.parquet"
     code = cli.main(["export", str(folder), "--parquet", str(target)])
     try:
-        import pyarrow  # noqa: F401
+        import pyarrow.parquet
     except ImportError:
         assert code == 2
         assert "pip install pyarrow" in capsys.readouterr().err
     else:
         assert code == 0
-        assert pd.read_parquet(target)["value"].tolist() == frame["value"].tolist()
+        columns = pyarrow.parquet.read_schema(target)
+        assert columns.names == [*frame.columns, "image"]
+        assert {str(columns.field(name).type) for name in ("prompt", "state", "error")} <= {"string", "large_string"}
+        table = pd.read_parquet(target)
+        for name in frame.columns:
+            assert table[name].isna().tolist() == frame[name].isna().tolist()
+            assert table[name].dropna().tolist() == frame[name].dropna().tolist()
+        assert not list(tmp_path.glob("*.part"))
 
 
 def test_report_of_a_real_run(finished, capsys):

@@ -163,3 +163,21 @@ def test_wandb_offline_writes_a_run_into_the_folder(tmp_path):
     for file in tmp_path.rglob("*"):
         assert not file.is_file() or b"sk-very-secret" not in file.read_bytes()
     assert rounds_in(tmp_path / "metrics.jsonl") == [0, 1]
+
+
+def test_tensorboard_gets_the_finite_numbers_of_each_round(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    hooks = make_tracking(Settings.from_config({"tracker": "tensorboard"}), tmp_path)
+    for number in range(3):
+        for hook in hooks:
+            hook.on_round_end({"round": number, "mean": 0.5 * number, "best": math.nan, "calibration": {"nll": 1.5}})
+    for hook in hooks:
+        hook.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("mean")] == [(0, 0.0), (1, 0.5), (2, 1.0)]
+    assert len(events.Scalars("calibration/nll")) == 3
+    assert "best" not in events.Tags()["scalars"]
+    assert rounds_in(tmp_path / "metrics.jsonl") == [0, 1, 2]
