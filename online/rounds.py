@@ -69,7 +69,8 @@ def score_previous(
 
     Returns:
         The scores (see `tiltopt.surrogates.calibration.score`; the optimism gap is that of the acquisition values) and
-        the `round` of that surrogate; None without a surrogate or new answers. And notes for people.
+        the `round` of that surrogate; None without a surrogate or new answers; of comparisons see `score_comparisons`.
+        And notes for people.
     """
     round_, model, notes = newest_surrogate(folder, rounds, feature_id)
     if round_ is None or model is None:
@@ -113,6 +114,8 @@ def plan_of(settings: Settings, scores: Sequence[Mapping[str, Any]]) -> Plan:
         return Plan(alpha, beta)
     now, note = alpha, ""
     for newest in scores:  # all that `adjust` looks at
+        if "comparisons" in newest:  # the run learnt from comparisons then, and no reward was promised
+            continue
         now, beta, note = adjust(now, beta, [dict(newest)], alpha_floor=alpha)
     return Plan(now, beta, (note,) if note else ())
 

@@ -20,6 +20,7 @@ from tests.fake_engine import CONFIG, FakeEngine, LoggedReward, features_of, poi
 from tiltopt import cli
 from tiltopt.errors import ConfigError, RewardError, StoreError
 from tiltopt.online import loop, rounds
+from tiltopt.online.commandline import parse
 from tiltopt.online.components import check
 from tiltopt.online.importing import Measurements, import_measurements
 from tiltopt.online.optimizer import Optimizer
@@ -416,3 +417,31 @@ def test_measured_values_cannot_be_imported(opt: Optimizer) -> None:
     found = Measurements((1.0,), (None,), ("a",), None, torch.zeros(1, 4), "f")
     with pytest.raises(StoreError, match="got one of comparisons"):
         import_measurements(opt, found, "x.csv")
+
+
+@pytest.mark.parametrize("name", ["demo", "smoke", "demo_evaluate", "aesthetic"])
+def test_the_preset_of_comparisons_is_possible(name: str) -> None:
+    settings = Settings.from_config(parse([f"--config=config/preference.py:{name}"]))
+    check(settings)
+    assert settings.pairwise
+    assert settings.sampler.target_kl == 1.5
+
+
+def test_a_judge_of_pairs_needs_a_run_of_comparisons() -> None:
+    options = ["--config.reward.name=vlm", "--config.reward.mode=compare", "--config.reward.model=m"]
+    with pytest.raises(ConfigError, match=r"`reward\.mode`: 'compare' judges pairs"):
+        check(Settings.from_config(parse(["--config=config/ucb.py:demo", *options])))
+
+
+def test_a_run_that_changes_its_kind_of_answer_goes_on(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with Optimizer.create(folder, PAIRWISE | {"rounds": 1}, engine=FakeEngine()) as opt:
+        assert loop.run(opt, LoggedReward()).complete
+    values = {key: value for key, value in PAIRWISE.items() if key != "model"}
+    values |= {"rounds": 3, "model": {"name": "linear"}, "acquisition": {"adapt": True}}
+    with Optimizer.open(folder, config=values, allow_change=True, engine=FakeEngine()) as opt:
+        with pytest.warns(UserWarning, match="needs 2 different answers, got 0"):
+            assert loop.run(opt, LoggedReward()).complete
+        kinds = [record.kind for record in opt.store.rounds()]
+        assert kinds == ["plain", "tilted", "plain", "tilted"], "what was compared has no value"
+        assert opt.store.data().X.shape[0] == 6
