@@ -115,6 +115,7 @@ class AcquisitionSettings:
     name: str = "ucb"
     beta: float = 1.0
     adapt: bool = False  # grow cautious when predictions turn out too high (see docs/surrogates.md)
+    feasibility: bool = False  # learn from failed queries where not to go
 
     def __post_init__(self) -> None:
         _require(self.beta >= 0, "acquisition.beta", self.beta, "a value >= 0")
@@ -217,8 +218,8 @@ def _check_pairwise(settings: Settings) -> None:
     """What has no meaning where answers are comparisons is refused."""
     why = "where answers are comparisons (model.name = 'pairwise')"
     name = settings.acquisition.name
-    known = name not in ("thompson", "max_member")
-    _require(known, "acquisition.name", name, f"one of mean, ucb, log_ei, qucb, qlog_ei, qlog_nei {why}")
+    known = "mean, ucb, thompson, log_ei, qucb, qlog_ei, qlog_nei"
+    _require(name != "max_member", "acquisition.name", name, f"one of {known} {why}")
     adapt = settings.acquisition.adapt
     _require(not adapt, "acquisition.adapt", adapt, f"False {why}: utilities promise no reward to be held against")
     samples = settings.reference_samples

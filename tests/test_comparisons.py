@@ -106,7 +106,6 @@ def test_values_and_comparisons_do_not_mix(opt: Optimizer, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("config", "key"),
     [
-        ({"acquisition": {"name": "thompson"}}, "acquisition.name"),
         ({"acquisition": {"name": "max_member"}}, "acquisition.name"),
         ({"acquisition": {"adapt": True}}, "acquisition.adapt"),
         ({"reference_samples": 4}, "reference_samples"),
@@ -326,7 +325,7 @@ def test_preference_is_the_probability_of_winning() -> None:
     assert abs(wins.mean() - p[0]) < 4 * wins.std() / math.sqrt(len(u))
 
 
-@pytest.mark.parametrize("name", ["mean", "ucb", "log_ei", "qucb", "qlog_ei", "qlog_nei"])
+@pytest.mark.parametrize("name", ["mean", "ucb", "log_ei", "qucb", "qlog_ei", "qlog_nei", "thompson"])
 def test_acquisitions_over_utilities_have_gradients(name: str) -> None:
     g = torch.Generator().manual_seed(1)
     X = torch.randn(10, 3, generator=g, dtype=torch.float64)
@@ -340,6 +339,25 @@ def test_acquisitions_over_utilities_have_gradients(name: str) -> None:
         step[2, 0, 1] = 1e-5
         numeric = (a(x + step) - a(x - step))[2] / 2e-5
         assert slope[2, 0, 1].item() == pytest.approx(numeric.item(), rel=1e-3, abs=1e-7)
+
+
+def test_draws_of_the_utility_have_the_posteriors_mean_and_covariance() -> None:
+    g = torch.Generator().manual_seed(2)
+    X = torch.randn(14, 3, generator=g, dtype=torch.float64)
+    pairs = torch.randint(14, (40, 2), generator=g)
+    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+    model = fit_pairwise(X, torch.where(X[pairs[:, :1], 0] > X[pairs[:, 1:], 0], pairs, pairs.flip(1)))
+    at = torch.cat([X[:3], torch.randn(5, 3, generator=g, dtype=torch.float64)])
+    exact = model.posterior(at).distribution
+    n = 1500
+    draws = torch.stack([model.sample_function(torch.Generator().manual_seed(s))(at).flatten() for s in range(n)])
+    sd = exact.variance.sqrt()
+    assert ((draws.mean(0) - exact.mean).abs() < 4.5 * sd / math.sqrt(n)).all()
+    centred = (draws - draws.mean(0)) / sd
+    correlation = exact.covariance_matrix / sd[:, None] / sd
+    assert ((centred.T @ centred / (n - 1) - correlation).abs() < 4.5 * math.sqrt(2 / n) + 0.03).all()
+    one, same = (model.sample_function(torch.Generator().manual_seed(5))(at) for _ in range(2))
+    assert torch.equal(one, same)
 
 
 # ---- utilities from comparisons alone

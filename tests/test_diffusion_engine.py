@@ -20,6 +20,8 @@ from tiltopt.online.pilot import FILE, Pilot
 from tiltopt.online.prompts import prompt_of
 from tiltopt.online.seeds import query_seed
 from tiltopt.online.settings import Settings
+from tiltopt.surrogates.feasibility import FeasibilityModel
+from tiltopt.types import Conditioning
 
 CHAINS = 10
 
@@ -113,14 +115,36 @@ def test_tilted_queries_are_reproducible_and_independent_of_their_batch(
         assert d.acquired == pytest.approx(d.predicted + d.predicted_sd, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["thompson", "log_ei", "mean", "qucb"])
+@pytest.mark.parametrize("name", ["thompson", "log_ei", "mean", "qucb", "qlog_nei"])
 def test_every_acquisition_draws(settings: Settings, first: list[Drawn], name: str) -> None:
     changed = replace(settings, acquisition=replace(settings.acquisition, name=name))
     data = data_of(first)
     engine = DiffusionEngine(changed)
     drawn = engine.draw(engine.fit(data, 1), data, asks(settings, 1, 2), Plan(alpha=0.5, beta=1.0))
     assert all(np.isfinite([d.predicted, d.predicted_sd]).all() for d in drawn)
-    assert all((d.acquired is None) == (name == "log_ei") for d in drawn)
+    assert all((d.acquired is None) == (name in ("log_ei", "qlog_nei")) for d in drawn)
+
+
+def test_failures_weigh_on_what_is_sampled_when_asked(settings: Settings, first: list[Drawn]) -> None:
+    """The darker half of the pictures failed: the potential of every design falls by what the classifier says of it."""
+    light = [np.asarray(d.image).mean() for d in first]
+    order = np.argsort(light)
+    half = len(order) // 2
+    failed, kept = [first[i] for i in order[:half]], [first[i] for i in order[half:]]
+    data = replace(data_of(kept), failed=torch.stack([d.features for d in failed]).double())
+    designs = to_designs([d.image for d in failed + kept])
+    cond = Conditioning(("",) * len(designs))
+    values = {}
+    for careful in (False, True):
+        changed = replace(settings, acquisition=replace(settings.acquisition, feasibility=careful))
+        engine = DiffusionEngine(changed)
+        potential, _ = engine._tilt(engine.fit(data, 1), data, Plan(alpha=0.5, beta=1.0), seed=0)
+        values[careful] = potential(designs, cond)
+        assert len(engine.draw(engine.fit(data, 1), data, asks(settings, 1, 2), Plan(alpha=0.5, beta=1.0))) == 2
+    seen = torch.stack([d.features for d in failed + kept]).double()
+    says = FeasibilityModel.fit(data.X, data.failed).log_probability(seen)
+    torch.testing.assert_close(values[True] - values[False], says, rtol=1e-3, atol=1e-4)
+    assert says[:half].mean() < says[half:].mean() - 0.5
 
 
 def test_thompson_queries_follow_draws_of_their_own(settings: Settings, first: list[Drawn]) -> None:
@@ -174,7 +198,7 @@ def test_thompson_prices_are_told_apart(settings: Settings, tmp_path: Path) -> N
     assert record.alpha == pytest.approx((low + high) / 2, rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["ucb", "log_ei", "qucb"])
+@pytest.mark.parametrize("name", ["ucb", "log_ei", "qucb", "thompson"])
 def test_comparisons_tilt_the_prior(settings: Settings, tmp_path: Path, name: str) -> None:
     changed = replace(
         settings,
@@ -190,7 +214,8 @@ def test_comparisons_tilt_the_prior(settings: Settings, tmp_path: Path, name: st
         drawn = opt.ask(2)
         assert all(np.isfinite([d.predicted, d.predicted_sd]).all() for d in drawn)
         record = opt.store.rounds()[1]
-        assert (record.kind, record.notes) == ("tilted", ())
+        assert record.kind == "tilted"
+        assert len(record.notes) == (name == "thompson"), "each Thompson draw has its own price"
         assert record.alpha is not None
         assert record.alpha > 0
 
