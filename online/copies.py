@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import sqlite3
@@ -38,8 +39,16 @@ def copy_rounds(folder: Path) -> None:
         ).fetchall()
     for round_, moment in changed:
         target = files.round_folder(folder, round_) / NAME
-        if not target.exists() or target.stat().st_mtime <= moment:
+        if _written_at(target) <= moment:
             _gather([(store, round_)], target)
+
+
+def _written_at(file: Path) -> float:
+    """Seconds since the epoch; before all time when there is no such file."""
+    try:
+        return os.stat(file).st_mtime
+    except FileNotFoundError:
+        return -math.inf
 
 
 def whole_rounds(folder: Path) -> int:

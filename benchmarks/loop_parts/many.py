@@ -8,10 +8,12 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.loop_parts.stopwatch import Stopwatch
+from benchmarks.loop_parts.stopwatch import Stopwatch, now_both
 from benchmarks.loop_parts.toy import SIDE, ToyEngine, answer, fill, made_features, write_images
 from tiltopt.online.optimizer import Optimizer
 
@@ -28,7 +30,8 @@ def warm_up(folder: Path, width: int) -> None:
 def rounds(folder: Path, width: int, repeats: int) -> tuple[float, list[dict[str, float]]]:
     """Opens a run, asks and answers `repeats` rounds; seconds to open, and seconds of each round by part.
 
-    `ask` is without drawing and fitting, whose seconds stand beside it; `tell` is that of all the round's answers.
+    `ask` is without drawing and fitting, whose seconds stand beside it; `tell` is of all the round's answers. Names
+    that end in `_cpu` are CPU seconds: what is missing from them is waiting, for the disk or on a busy machine.
     """
     clock, out = Stopwatch(), []
     started = time.perf_counter()
@@ -36,17 +39,32 @@ def rounds(folder: Path, width: int, repeats: int) -> tuple[float, list[dict[str
         opened = time.perf_counter() - started
         for _ in range(repeats):
             clock.seconds.clear()
-            began = time.perf_counter()
-            asked = run.ask(ASKED)
-            wall = time.perf_counter() - began
-            values = [answer(made_features(query.seed, width)) for query in asked]
-            began = time.perf_counter()
-            for query, value in zip(asked, values, strict=True):
-                run.tell(query.id, value)
-            tell = time.perf_counter() - began
-            draw, fit = clock.seconds.get("draw", 0.0), clock.seconds.get("fit", 0.0)
-            out.append({"ask": wall - draw - fit, "fit": fit, "draw": draw, "tell": tell})
+            clock.cpu.clear()
+            (asked, *ask) = timed(partial(run.ask, ASKED))
+            answers = [(query.id, answer(made_features(query.seed, width))) for query in asked]
+            (_, *tell) = timed(partial(tell_all, run, answers))
+            row = {}
+            for ending, seconds, asking, telling in zip(
+                ("", "_cpu"), (clock.seconds, clock.cpu), ask, tell, strict=True
+            ):
+                draw, fit = seconds.get("draw", 0.0), seconds.get("fit", 0.0)
+                row |= {f"ask{ending}": asking - draw - fit, f"fit{ending}": fit, f"tell{ending}": telling}
+            out.append(row)
     return opened, out
+
+
+def timed(action: Callable[[], Any]) -> tuple[Any, float, float]:
+    """(result, wall seconds, CPU seconds)."""
+    began = now_both()
+    result = action()
+    wall, cpu = now_both()
+    return result, wall - began[0], cpu - began[1]
+
+
+def tell_all(run: Optimizer, answers: Sequence[tuple[int, float]]) -> None:
+    """Each answer, one after the other, as a laboratory would."""
+    for number, value in answers:
+        run.tell(number, value)
 
 
 def per_query(folder: Path, count: int, batch: int, width: int, repeats: int) -> dict[str, Any]:
@@ -54,14 +72,11 @@ def per_query(folder: Path, count: int, batch: int, width: int, repeats: int) ->
     fill(folder, count, batch, width)
     opened, measured = rounds(folder, width, repeats + 1)
     settled = measured[1:]  # the first one reads the features, which happens once per process
-    ms = {part: 1000 * statistics.median(row[part] for row in settled) / ASKED for part in ("ask", "fit", "tell")}
-    return {
-        "queries": count,
-        "features": width,
-        "open_s": opened,
-        "first_ask_s": measured[0]["ask"],
-        "ms_per_query": ms | {"loop": ms["ask"] + ms["tell"], "loop and fit": sum(ms.values())},
-    }
+    found: dict[str, Any] = {"queries": count, "features": width, "open_s": opened, "first_ask_s": measured[0]["ask"]}
+    for name, ending in (("ms_per_query", ""), ("cpu_ms_per_query", "_cpu")):
+        ms = {p: 1000 * statistics.median(row[p + ending] for row in settled) / ASKED for p in ("ask", "fit", "tell")}
+        found[name] = ms | {"loop": ms["ask"] + ms["tell"], "loop and fit": sum(ms.values())}
+    return found
 
 
 def opening(folder: Path, count: int, batch: int, width: int) -> dict[str, Any]:
@@ -73,8 +88,11 @@ def opening(folder: Path, count: int, batch: int, width: int) -> dict[str, Any]:
         "features": width,
         "open_s": opened,
         "first_ask_s": first["ask"],
+        "first_ask_cpu_s": first["ask_cpu"],
         "next_ask_s": second["ask"],
+        "next_ask_cpu_s": second["ask_cpu"],
         "fit_s": second["fit"],
+        "fit_cpu_s": second["fit_cpu"],
         "open_and_first_ask_s": opened + first["ask"],
     }
 
