@@ -33,6 +33,10 @@ CONFIG = {
 }  # fmt: skip
 
 
+PAIRS = CONFIG | {"model": {"name": "pairwise"}, "sampler": {"alpha": 0.5}}
+"""The same run with comparisons for answers."""
+
+
 class Crash:
     """Counts write boundaries, and ends the process at the chosen one."""
 
@@ -94,14 +98,19 @@ def attempt(folder: Path, crash: Crash) -> None:
     if Optimizer.exists(folder):
         opt = Optimizer.open(folder, engine=FakeEngine(seed=5))
     else:
-        opt = Optimizer.create(folder, CONFIG, engine=FakeEngine(seed=5))
+        opt = Optimizer.create(folder, config_of(folder), engine=FakeEngine(seed=5))
     with opt:
         loop.run(opt, Reward(folder.with_suffix(".calls"), crash))
 
 
+def config_of(folder: Path) -> dict[str, Any]:
+    """Of the runs beside each other in one folder, which is called "pairs" where answers are comparisons."""
+    return PAIRS if folder.parent.name == "pairs" else CONFIG
+
+
 def warm_up(folder: Path) -> None:
     """Import everything that a run imports on its way, once for all forks."""
-    with Optimizer.create(folder, CONFIG, engine=FakeEngine(seed=5)) as opt:
+    with Optimizer.create(folder, config_of(folder), engine=FakeEngine(seed=5)) as opt:
         loop.run(opt, Reward(folder.with_suffix(".calls"), Crash(None)))
 
 
@@ -143,11 +152,13 @@ def digest(folder: Path) -> dict[str, Any]:
         )
         rows = c.execute(f"SELECT {columns} FROM tiltopt_queries ORDER BY number").fetchall()
         vectors = c.execute("SELECT vector FROM tiltopt_features ORDER BY number").fetchall()
+        pairs = c.execute("SELECT id, round, winner, loser, outcome, rater, undone FROM tiltopt_comparisons").fetchall()
         rounds = c.execute("SELECT round, kind, alpha, beta, notes, score, fingerprint FROM tiltopt_rounds").fetchall()
     found: dict[str, Any] = {
         "rows": [[v.hex() if isinstance(v, float) else v for v in row] for row in rows],
         "features": hashlib.sha256(b"".join(v[0] for v in vectors)).hexdigest(),
         "rounds": rounds,
+        "pairs": pairs,
     }
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -162,13 +173,14 @@ def digest(folder: Path) -> dict[str, Any]:
 
 
 def answered(folder: Path) -> set[int]:
-    """Numbers of the answered queries of a run that may have died at any point of its creation."""
+    """Numbers of the queries with a value, in a run that may have died at any point of its creation."""
     if not (folder / "queries.sqlite").exists():
         return set()
     with sqlite3.connect(folder / "queries.sqlite") as c:
         if not c.execute("SELECT 1 FROM sqlite_master WHERE name = 'tiltopt_queries'").fetchone():
             return set()
-        return {row[0] for row in c.execute("SELECT number FROM tiltopt_queries WHERE state = 'answered'")}
+        known = "SELECT number FROM tiltopt_queries WHERE state = 'answered' AND value IS NOT NULL"
+        return {row[0] for row in c.execute(known)}
 
 
 def calls(folder: Path) -> list[str]:
@@ -191,6 +203,8 @@ def trial(folder: Path, crashes: Sequence[dict[str, Any]], reference: dict[str, 
         if got.get(key) != reference.get(key):
             wrong.append(f"{folder.name} {list(crashes)}: {key} differs from the uninterrupted run")
     shown = calls(folder)
+    if got["pairs"] and len(shown) > 2 * (len(got["pairs"]) + len(known)):
+        wrong.append(f"{folder.name} {list(crashes)}: more was paid again than the pair in hand at each crash")
     for numbers, length in known:
         for number in numbers:
             with Image.open(folder / "images" / f"{number:06d}.png") as image:

@@ -38,3 +38,14 @@ def test_killed_at_every_write_boundary_and_at_sixty_random_instants(memory: Pat
     assert report["boundaries"] > 100
     assert report["killed_at_boundaries"] == report["boundaries"]
     assert report["killed_at_instants"] >= 60
+
+
+@pytest.mark.slow
+def test_a_run_of_comparisons_killed_at_write_boundaries(memory: Path) -> None:
+    (memory / "pairs").mkdir()
+    report = kill(memory / "pairs", 20, 4)
+    assert report["wrong"] == []
+    assert report["queries"] == 5
+    assert report["boundaries"] > 100
+    assert report["killed_at_boundaries"] >= 20
+    assert report["killed_at_instants"] >= 4
