@@ -4,9 +4,9 @@
     python benchmarks/sampler_cost.py --parts overhead levers    # some of it
     python benchmarks/sampler_cost.py --reference <checkout of krafton-ai/DAS>
 
-The prior is the embedded one, the potential a ridge regression of JPEG size on CLIP patch means over alpha = .02 kB per
-nat. Competitors take turns, and medians are reported, so that a busy machine disturbs all alike; `cpu` is the process's
-own CPU time, `wall` what a clock shows.
+The prior is the embedded one, the potential a ridge regression of JPEG size on CLIP patch means over alpha = .1 kB per
+nat, the price of the `jpeg` preset; log G then spreads over about three nats among the prior's designs. Competitors
+take turns, so that a busy machine disturbs all alike; `cpu` is the process's own CPU time, `wall` what a clock shows.
 """
 
 from __future__ import annotations
@@ -31,16 +31,18 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
+from tiltopt.online.judge import Judge
 from tiltopt.online.prompts import load_prompts
 from tiltopt.rewards.images import jpeg_kilobytes
-from tiltopt.samplers import DAS, BestOfN, Calibration, FKSteering, PriorOnly, Sampler
+from tiltopt.samplers import DAS, BestOfN, Calibration, FKSteering, PriorOnly, Sampler, Samples
 from tiltopt.samplers.diffusers_prior import DiffusersPrior, load_prior
 from tiltopt.samplers.pilot import Pilot, run_pilot
 from tiltopt.types import Conditioning, Potential
 from tiltopt.vision import CLIPVision
 
 HERE = Path(__file__).parent
-ALPHA = 0.02  # kB per nat
+ALPHA = 0.1  # kB per nat
+PILOT_PROMPTS = 8
 PROMPTS = ["a cat", "a dog", "a fish", "a horse"]
 
 
@@ -138,7 +140,8 @@ def ideal_loop(prior: DiffusersPrior, potential: Potential, cond: Conditioning, 
 def overhead(steps: int, particles: int, repeats: int) -> dict[str, Any]:
     """DAS over the ideal loop, 4 prompts, same calls (no tempering, so that no look is skipped)."""
     prior, potential = load_prior("embedded", num_steps=steps, guidance_scale=4.0), linear_potential()
-    cond, sampler = prior.encode(PROMPTS), DAS(tempering="none")
+    cond = prior.encode(PROMPTS)
+    sampler = DAS(tempering="none", **LOOKS["full gradient"])
     rows = cond.repeat(particles)
 
     def das() -> Any:
@@ -169,54 +172,96 @@ def overhead(steps: int, particles: int, repeats: int) -> dict[str, Any]:
     return report
 
 
-def samplers(calibration: Calibration, factors: Any) -> dict[str, Sampler]:
-    """The levers, by name."""
-    every = {f"gradient every {m}": {"gradient_every": m} for m in (2, 4)}
-    table: dict[str, Sampler] = {"published: exp, full gradient": DAS(tempering="exp")}
-    table["calibrated, full gradient"] = DAS(tempering=calibration)
-    table |= {f"calibrated, {name}": DAS(tempering=calibration, **options) for name, options in every.items()}
-    both = {"gradient_every": 4, "potential_every": 4}
-    table["calibrated, gradient and potential every 4"] = DAS(tempering=calibration, **both)  # type: ignore[arg-type]
-    table["calibrated, gradient at x0"] = DAS(tempering=calibration, gradient="x0", x0_factor=factors)
-    table["calibrated, no gradient"] = DAS(tempering=calibration, gradient="none")
-    table["FK steering"] = FKSteering()
-    table["best of N"] = BestOfN()
+PUBLISHED = "published: exp, full gradient at every step, no bound"
+LOOKS: dict[str, dict[str, Any]] = {
+    "full gradient": {"gradient": "full", "gradient_every": 1, "potential_every": 1},
+    "full gradient and potential every 4": {"gradient": "full"},
+    "gradient at x0 and potential every 4": {},
+    "no gradient, potential every 4": {"gradient": "none"},
+}
+
+
+def published() -> DAS:
+    """DAS as in its paper, corrected."""
+    return DAS(tempering="exp", max_shift=None, ess_threshold=0.5, **LOOKS["full gradient"])
+
+
+def samplers(calibration: Calibration, factors: Any) -> dict[str, tuple[Sampler, int]]:
+    """The levers and how many times the particles each gets; all but DAS() resample below half, as published."""
+    learnt: dict[str, Any] = {"tempering": calibration, "x0_factor": factors}
+    table: dict[str, tuple[Sampler, int]] = {PUBLISHED: (published(), 1)}
+    for name, options in LOOKS.items():
+        table[f"calibrated, {name}"] = (DAS(ess_threshold=0.5, **learnt, **options), 1)
+    table["DAS(): gradient at x0 and potential every 4, resampling below .7"] = (DAS(**learnt), 1)
+    table["calibrated, gradient at x0 and potential every 4, twice the particles"] = (
+        DAS(ess_threshold=0.5, **learnt),
+        2,
+    )
+    table["FK steering"] = (FKSteering(), 1)
+    table["best of N"] = (BestOfN(), 1)
     return table
 
 
-def levers(steps: int, particles: int, repeats: int) -> dict[str, Any]:
-    """ESS of the final weights per second, mean reward and seconds of every lever; the pilot is not charged."""
-    prior, potential = load_prior("embedded", num_steps=steps, guidance_scale=4.0), jpeg_potential()
-    cond = prior.encode(PROMPTS)
-    chains = cond.repeat(4)
+def levers(steps: int, particles: int, repeats: int, num_prompts: int) -> dict[str, Any]:
+    """Every lever: ESS of the final weights, log Z, kB, fidelity and seconds; the pilot is not charged.
+
+    The sampler's own numbers are means over prompts and repeats. `times_published` compares ESS per CPU second.
+    """
+    prior, judge = load_prior("embedded", num_steps=steps, guidance_scale=4.0), Judge.load()
+    potential = jpeg_potential()
+    names = [f"a {noun}" for noun in load_prompts("simple_animals")]
+    chains = prior.encode(names[:PILOT_PROMPTS]).repeat(4)
     pilot: Pilot = run_pilot(prior, chains, generators=generators(len(chains), 7), micro_batch=16)
-    table = samplers(
-        pilot.calibrate(prior, potential, micro_batch=16), pilot.x0_factors(prior, potential, micro_batch=16)
-    )
+    calibration = pilot.calibrate(prior, potential, micro_batch=16)
+    table = samplers(calibration, pilot.x0_factors(prior, potential, micro_batch=8))
     rows: dict[str, dict[str, list[float]]] = {name: {} for name in table}
-    for seed in range(repeats):
-        for name, sampler in table.items():
-            wall, cpu, out = timed(
-                lambda s=sampler, i=seed: s.sample(
-                    prior, potential, cond, num_particles=particles, generators=generators(4, i)
-                )
-            )
-            with torch.no_grad():
-                log_g = potential(out.designs.flatten(0, 1), cond.repeat(particles)).view(4, particles)
-            new = {"wall": wall, "cpu": cpu, "ess": float(out.ess.sum()), "log_z": float(out.log_z.mean())}
-            new["predicted_kb"] = ALPHA * float((out.log_w.exp() * log_g).sum(-1).mean())
-            for key, value in new.items():
-                rows[name].setdefault(key, []).append(value)
-            print(f"  {name}: {new['cpu']:.1f} s, ESS {new['ess']:.1f}, {new['predicted_kb']:.3f} kB", flush=True)
-    summary = {}
-    for name, columns in rows.items():
-        medians = {key: statistics.median(values) for key, values in columns.items()}
-        medians["ess_per_cpu_second"] = sum(columns["ess"]) / sum(columns["cpu"])
-        summary[name] = medians
-    published = summary["published: exp, full gradient"]["ess_per_cpu_second"]
-    for row in summary.values():
-        row["times_published"] = row["ess_per_cpu_second"] / published
-    return {"steps": steps, "particles": particles, "prompts": 4, "repeats": repeats, "samplers": summary}
+    for repeat in range(repeats):
+        asked = [names[(repeat * num_prompts + i) % len(names)] for i in range(num_prompts)]
+        cond = prior.encode(asked)
+        for name, (sampler, times) in table.items():
+            drawn = functools.partial(
+                sampler.sample, prior, potential, cond, num_particles=times * particles,
+                generators=generators(num_prompts, 1 + repeat),
+            )  # fmt: skip
+            wall, cpu, out = timed(drawn)
+            for key, values in outcome(out, potential, cond, judge).items():
+                rows[name].setdefault(key, []).extend(values)
+            rows[name].setdefault("wall", []).append(wall)
+            rows[name].setdefault("cpu", []).append(cpu)
+            said = f"{cpu:.1f} s, ESS {float(out.ess.sum()):.1f}, log Z {float(out.log_z.mean()):.2f}"
+            print(f"  {name}: {said}", flush=True)
+    table_of = {name: summary(columns, rows[PUBLISHED]) for name, columns in rows.items()}
+    return {
+        "steps": steps, "particles": particles, "prompts": num_prompts, "repeats": repeats, "alpha": ALPHA,
+        "kappa": calibration.kappa, "samplers": table_of, "runs": rows,
+    }  # fmt: skip
+
+
+def outcome(out: Samples, potential: Potential, cond: Conditioning, judge: Judge) -> dict[str, list[float]]:
+    """Per prompt: ESS, log Z, and weighted means of the predicted and the true size (kB) and of fidelity."""
+    particles = out.log_w.shape[1]
+    designs, w = out.designs.flatten(0, 1), out.log_w.exp()
+    with torch.no_grad():
+        predicted = -ALPHA * potential(designs, cond.repeat(particles))
+    pictures = [Image.fromarray(p.permute(1, 2, 0).to(torch.uint8).numpy()) for p in (designs * 255).round()]
+    true = torch.tensor([jpeg_kilobytes(picture) for picture in pictures])
+    right = judge.correct(designs, cond.repeat(particles).prompts).float()
+    found = {"ess": out.ess.tolist(), "log_z": out.log_z.tolist()}
+    for name, values in (("predicted_kb", predicted), ("kb", true), ("fidelity", right)):
+        found[name] = (w * values.view_as(w)).sum(-1).tolist()
+    return found
+
+
+def summary(columns: dict[str, list[float]], published: dict[str, list[float]]) -> dict[str, float]:
+    """Means, ESS per second, and the paired difference of log Z to the published setting with its standard error."""
+    means = {key: statistics.fmean(values) for key, values in columns.items()}
+    means["ess_per_cpu_second"] = sum(columns["ess"]) / sum(columns["cpu"])
+    means["times_published"] = means["ess_per_cpu_second"] * sum(published["cpu"]) / sum(published["ess"])
+    for key in ("log_z", "kb", "fidelity"):
+        gaps = [a - b for a, b in zip(columns[key], published[key], strict=True)]
+        means[f"{key}_gap"] = statistics.fmean(gaps)
+        means[f"{key}_gap_se"] = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else 0.0
+    return means
 
 
 def load_reference(checkout: Path) -> Callable[..., Any]:
@@ -254,8 +299,9 @@ def beside_reference(checkout: Path, steps: int, particles: int, repeats: int) -
         module.requires_grad_(False)
     prior = DiffusersPrior.from_pipeline(pipe, num_steps=steps, guidance_scale=4.0)
     cond = prior.encode(PROMPTS[:1])
-    published = DAS(tempering="exp", gamma=0.008, resampling="ssp")  # skips the first look, where lambda is 0
-    every_look = DAS(tempering="none", resampling="ssp")
+    full = LOOKS["full gradient"]
+    published = DAS(tempering="exp", gamma=0.008, resampling="ssp", **full)  # skips the first look, where lambda is 0
+    every_look = DAS(tempering="none", resampling="ssp", **full)
 
     def ours(sampler: Sampler) -> Any:
         return sampler.sample(prior, potential, cond, num_particles=particles, generators=generators(1))
@@ -308,7 +354,7 @@ def one_peak(rows: int, micro_batch: int, particles: int) -> None:
     prior, potential = load_prior("embedded", num_steps=2, guidance_scale=4.0), linear_potential()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     cond = prior.encode([PROMPTS[i % 4] for i in range(rows // particles)])
-    sampler = DAS(tempering="exp", micro_batch=micro_batch)
+    sampler = DAS(tempering="none", micro_batch=micro_batch, **LOOKS["full gradient"])
     sampler.sample(prior, potential, cond, num_particles=particles, generators=generators(len(cond)))
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
@@ -318,8 +364,10 @@ def main() -> None:
     parser.add_argument("--parts", nargs="*", default=["overhead", "levers", "memory"])
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--particles", type=int, default=4)
-    parser.add_argument("--lever-particles", type=int, default=8)
+    parser.add_argument("--lever-particles", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--lever-prompts", type=int, default=4)
+    parser.add_argument("--lever-repeats", type=int, default=3)
     parser.add_argument("--reference", type=Path, help="a checkout of krafton-ai/DAS")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "sampler_cost.json")
     parser.add_argument("--one-peak", nargs=3, type=int, help=argparse.SUPPRESS)
@@ -332,7 +380,7 @@ def main() -> None:
     report["machine"] = {"processor": platform.machine(), "torch": torch.__version__, "threads": 1}
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "overhead": lambda: overhead(args.steps, args.particles, args.repeats),
-        "levers": lambda: levers(args.steps, args.lever_particles, max(1, args.repeats // 2)),
+        "levers": lambda: levers(args.steps, args.lever_particles, args.lever_repeats, args.lever_prompts),
         "memory": memory,
     }
     if args.reference is not None:

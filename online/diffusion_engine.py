@@ -29,8 +29,8 @@ from tiltopt.online.team import Team
 from tiltopt.samplers import PriorOnly, Sampler, Samples
 from tiltopt.samplers.diffusers_prior import DiffusersPrior, load_prior
 from tiltopt.samplers.pilot import run_pilot
-from tiltopt.samplers.tempering import Calibration
 from tiltopt.surrogates.acquisition import make_acquisition
+from tiltopt.surrogates.feasibility import FeasibilityModel
 from tiltopt.surrogates.features import FeatureMap, make_features
 from tiltopt.surrogates.io import load, save
 from tiltopt.surrogates.preference import fit_pairwise
@@ -41,7 +41,11 @@ PILOT_CHAINS = 64
 """Plain chains kept for calibration; 64 calibrate nearly as well as 256."""
 
 
-LOGARITHMIC = ("log_ei", "qlog_ei")
+LOOP = {"gradient": "full", "gradient_every": 1, "potential_every": 1}
+"""How a loop's sampler looks at the potential where the configuration does not say `gradient`."""
+
+
+LOGARITHMIC = ("log_ei", "qlog_ei", "qlog_nei")
 """Acquisitions in nats of improvement: they promise no reward that an answer could be held against."""
 
 
@@ -122,10 +126,18 @@ class DiffusionEngine:
             beta=plan.beta,
             best_f=_best(model, data),
             X_pending=data.pending if len(data.pending) else None,
+            X_baseline=data.X,
             generator=generator(seed, "acquisition"),
         )
-        potential = AcquisitionPotential(acquisition, self.feature_map, self._alpha(acquisition, plan))
+        alpha = self._alpha(acquisition, plan)
+        potential = AcquisitionPotential(acquisition, self.feature_map, alpha, self._feasible(data))
         return potential, make_sampler(self.settings, **self._calibrated(potential))
+
+    def _feasible(self, data: Data) -> Callable[[Tensor], Tensor] | None:
+        """log P(answer | features) where failed queries are to be learnt from and there are some."""
+        if not self.settings.acquisition.feasibility or data.failed is None or not len(data.failed) or not len(data.X):
+            return None
+        return FeasibilityModel.fit(data.X, data.failed).to(self.team.device).log_probability
 
     def _plain(self, asks: Sequence[Ask], progress: Progress | None) -> list[Drawn]:
         groups = self._deal(asks, self.settings.micro_batch)
@@ -165,7 +177,7 @@ class DiffusionEngine:
             looks += [(at, (features[:, i], gaps[:, i], drawn[i][1].features)) for i, (at, _) in enumerate(group)]
             out += drawn
         rows = self.team.collect(looks, len(asks))[:PILOT_CHAINS]
-        self._keep_pilot(steps or (), rows)
+        self._keep_pilot(steps or (), rows, [ask.prompt for ask in asks[:PILOT_CHAINS]])
         return self.team.collect(out, len(asks))
 
     def _finish(
@@ -250,14 +262,18 @@ class DiffusionEngine:
         self._draw_pilot(asks, None)
         return self.__dict__["pilot"]
 
-    def _keep_pilot(self, steps: tuple[int, ...], rows: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+    def _keep_pilot(
+        self, steps: tuple[int, ...], rows: Sequence[tuple[Tensor, Tensor, Tensor]], prompts: Sequence[str]
+    ) -> None:
         features, gaps, final = (torch.stack(column) for column in zip(*rows, strict=True))
+        unique = list(dict.fromkeys(prompts))
         pilot = Pilot(
             torch.tensor(self.team.broadcast(steps)),
             torch.tensor([self.prior.num_steps]),
             features.transpose(0, 1).contiguous(),
             final,
             gaps.mean(dim=0),
+            torch.tensor([unique.index(prompt) for prompt in prompts]),
         )
         if self.team.is_main:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -278,12 +294,16 @@ class DiffusionEngine:
             return plan.alpha
         return alpha_for_kl(self._values(lambda X: acquisition(X.unsqueeze(-2)), self.pilot.final), target)
 
-    def _calibrated(self, potential: AcquisitionPotential) -> dict[str, Calibration]:
-        """The tempering of this potential, learnt from the pilot, when the configuration asks for it."""
-        if self.settings.sampler.options.get("tempering", "calibrated") != "calibrated":
-            return {}
-        u = self._values(potential.of_features, self.pilot.features)
-        return {"tempering": self.pilot.calibrate(u, self._values(potential.of_features, self.pilot.final))}
+    def _calibrated(self, potential: AcquisitionPotential) -> dict[str, Any]:
+        """What a loop sets: the tempering of this potential, learnt from the pilot, when the configuration asks for it;
+        and the full gradient unless it names another, because the factors of "x0" would have to be fitted each time.
+        """
+        options = self.settings.sampler.options
+        changes: dict[str, Any] = {k: v for k, v in LOOP.items() if k not in options and "gradient" not in options}
+        if options.get("tempering", "calibrated") == "calibrated":
+            u = self._values(potential.of_features, self.pilot.features)
+            changes["tempering"] = self.pilot.calibrate(u, self._values(potential.of_features, self.pilot.final))
+        return changes
 
     # ------------------------------------------------------------------ surrogate
 

@@ -192,10 +192,13 @@ def _load_prior(settings: DirectSettings, team: Team) -> DiffusersPrior:
 def _calibrated(
     sampler: DAS, prior: DiffusersPrior, potential: Potential, prompts: Sequence[str], micro_batch: int
 ) -> DAS:
-    """The sampler with a schedule learnt on the first prompts of the whole list, the same on every process."""
+    """The sampler with all that is learnt on the first prompts of the whole list, the same on every process."""
     cond = prior.encode(list(dict.fromkeys(prompts))[:8])
     pilot = sampler.cache.pilot(prior, cond, sampler.pilot_chains, sampler.pilot_seed, micro_batch)
-    return sampler.with_calibration(sampler.cache.calibration(prior, potential, pilot, micro_batch))
+    calibration = sampler.cache.calibration(prior, potential, pilot, micro_batch)
+    if sampler.gradient != "x0" or sampler.x0_factor is not None:
+        return sampler.with_calibration(calibration)
+    return sampler.with_calibration(calibration, sampler.cache.x0_factors(prior, potential, pilot, micro_batch))
 
 
 def _line(step: StepInfo, b: int) -> dict[str, float]:

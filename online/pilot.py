@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tiltopt.errors import StoreError
-from tiltopt.samplers.tempering import Calibration, calibrate
+from tiltopt.samplers.tempering import Calibration, learn
 
 FILE = "pilot.safetensors"
 
@@ -29,6 +29,8 @@ class Pilot:
         features: (S, M, d) float32, features of decode(x̂0(x_k)).
         final: (M, d) float32, features of decode(x_K).
         distance: (S,) float64, mean over chains of ||x_K - x̂0(x_k)||^2.
+        prompt: (M,) int64, the number of each chain's prompt; None in files of older versions, which did not keep it:
+            all chains then count as one prompt's.
     """
 
     steps: Tensor
@@ -36,11 +38,13 @@ class Pilot:
     features: Tensor
     final: Tensor
     distance: Tensor
+    prompt: Tensor | None = None
 
     def save(self, folder: Path) -> None:
         """Write `pilot.safetensors`, whole or not at all."""
         temporary = folder / f".{FILE}.tmp"
-        save_file({f.name: getattr(self, f.name).contiguous() for f in fields(self)}, temporary)
+        kept = {f.name: getattr(self, f.name) for f in fields(self)}
+        save_file({name: value.contiguous() for name, value in kept.items() if value is not None}, temporary)
         temporary.replace(folder / FILE)
 
     @classmethod
@@ -65,6 +69,5 @@ class Pilot:
             u: (S, M) nats, log G at `features`.
             u_final: (M,) nats, log G at `final`.
         """
-        c = (self.distance / self.distance[0].clamp_min(1e-300)).cummin(0).values
-        fractions = (self.steps / self.num_steps).tolist()
-        return Calibration(calibrate(u, u_final, c), (*fractions, 1.0), (*c.tolist(), 0.0))
+        prompts = [0] * len(u_final) if self.prompt is None else self.prompt.tolist()
+        return learn(u, u_final, self.distance, (self.steps / self.num_steps).tolist(), prompts)

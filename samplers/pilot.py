@@ -14,12 +14,12 @@ from tiltopt.samplers.micro_batch import MicroBatches, Rows
 from tiltopt.samplers.potentials import check_potential, gradient_of
 from tiltopt.samplers.prior import Prior
 from tiltopt.samplers.smc import StepInfo, check_call, run_smc
-from tiltopt.samplers.tempering import Calibration, calibrate
+from tiltopt.samplers.tempering import Calibration, learn, relative_uncertainty
 from tiltopt.samplers.twist_options import TwistOptions
 from tiltopt.types import Conditioning, Potential
 
-MIN_CHAINS_TO_CENTRE = 4
-MIN_SHARE_TO_CENTRE = 1 / 3
+FACTOR_ENTRIES = 4096
+"""Entries of gradients that an x0 factor is fitted on: enough chains for so many, and never fewer than eight."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,14 @@ class Pilot:
         return (*(k / self.num_steps for k in self.steps), 1.0)
 
     @property
+    def distance(self) -> Tensor:
+        """(S,), mean |x_K - x0_hat_k|^2 over chains and entries."""
+        return (self.x_final - self.x0).double().square().flatten(1).mean(-1).cpu()
+
+    @property
     def c(self) -> Tensor:
-        """(S,), mean |x_K - x0_hat_k|^2 relative to the first step, made monotone."""
-        error = (self.x_final - self.x0).double().square().flatten(1).mean(-1).cpu()
-        return (error / error[0].clamp_min(1e-300)).cummin(0).values
+        """(S,), the same relative to the first step, made monotone."""
+        return relative_uncertainty(self.distance)
 
     def look(self, prior: Prior, potential: Potential, *, micro_batch: int | None = None) -> tuple[Tensor, Tensor]:
         """log G along the chains: u (S, M) at the look-aheads and u_final (M,), nats, float64 CPU."""
@@ -82,30 +86,25 @@ class Pilot:
         return _without_infinities(u[:-1], 5.0), _without_infinities(u[-1], 30.0)
 
     def calibrate(self, prior: Prior, potential: Potential, *, micro_batch: int | None = None) -> Calibration:
-        """The tempering schedule that these chains teach about a potential.
-
-        Weights compare particles of one prompt only. So where prompts differ in their mean potential (it explains more
-        than a third of the final potential's variance, from at least four chains each), the means are taken out first.
-        """
-        u, u_final = self.look(prior, potential, micro_batch=micro_batch)
-        return self.calibrate_from(u, u_final)
+        """The tempering schedule that these chains teach about a potential, see `tempering.learn`."""
+        return self.calibrate_from(*self.look(prior, potential, micro_batch=micro_batch))
 
     def calibrate_from(self, u: Tensor, u_final: Tensor) -> Calibration:
         """The same from potentials (S, M) and (M,) that are already known, for instance from stored features."""
-        c, group = self.c, _groups(self.cond.prompts)
-        if _prompts_matter(u_final, group):
-            u, u_final = u - _group_means(u, group), u_final - _group_means(u_final, group)
-        kappa = calibrate(u, u_final, c)
-        return Calibration(kappa, self.fractions, (*c.tolist(), 0.0))
+        return learn(u, u_final, self.distance, self.fractions[:-1], self.cond.prompts)
 
     def x0_factors(self, prior: Prior, potential: Potential, *, micro_batch: int | None = None) -> X0Factors:
         """Fitted factors for gradient="x0": f_k = sum <J^T g, g> / sum <g, g>.
 
-        g is the gradient of log G at x0_hat and J the denoiser's Jacobian, so J^T g is the full gradient.
+        g is the gradient of log G at x0_hat and J the denoiser's Jacobian, so J^T g is the full gradient. The sums run
+        over some of the chains, evenly spaced: one entry of a gradient is as good as another.
         """
-        batches = MicroBatches(self.cond, 1, micro_batch)
+        num_chains, entries = len(self.x_final), self.x_final[0].numel()
+        wanted = min(num_chains, max(8, -(-FACTOR_ENTRIES // entries)))
+        rows = [i * num_chains // wanted for i in range(wanted)]
+        batches = MicroBatches(self.cond.select(rows), 1, micro_batch)
         factors = []
-        for k, x in zip(self.steps, self.x, strict=True):
+        for k, x in zip(self.steps, self.x[:, rows], strict=True):
 
             def products(start: int, cond: Conditioning, x: Tensor, k: int = k) -> Rows:
                 with torch.enable_grad():
@@ -207,24 +206,3 @@ def _without_infinities(u: Tensor, nats: float) -> Tensor:
     """-inf replaced by `nats` below the smallest finite value (0 if there is none)."""
     finite = u[torch.isfinite(u)]
     return u.clamp_min(float(finite.min()) - nats if len(finite) else 0.0)
-
-
-def _groups(prompts: Sequence[str]) -> Tensor:
-    """(M,), the number of each chain's prompt."""
-    names = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-    return torch.tensor([names[prompt] for prompt in prompts])
-
-
-def _group_means(u: Tensor, group: Tensor) -> Tensor:
-    """u (..., M) replaced by the mean of its group."""
-    count = torch.bincount(group).to(u.dtype)
-    total = torch.zeros(*u.shape[:-1], len(count), dtype=u.dtype).index_add(-1, group, u)
-    return (total / count)[..., group]
-
-
-def _prompts_matter(u_final: Tensor, group: Tensor) -> bool:
-    count = torch.bincount(group)
-    if len(count) < 2 or int(count.min()) < MIN_CHAINS_TO_CENTRE:
-        return False
-    between = float(_group_means(u_final, group).var(correction=0))
-    return between > MIN_SHARE_TO_CENTRE * float(u_final.var(correction=0))

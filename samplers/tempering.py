@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,10 +127,15 @@ class Calibration:
 KAPPAS = (0.0, *torch.logspace(math.log10(0.02), math.log10(500.0), 50, dtype=torch.float64).tolist())
 
 
-def usable_scale(u_final: Tensor) -> float:
-    """The largest s <= 1 with ESS(softmax(s u)) >= max(8, M / 16): how much of the tilt M prior chains can show."""
+def usable_scale(u_final: Tensor, goal: float | None = None) -> float:
+    """The largest s <= 1 with ESS(softmax(s u)) >= goal: how much of the tilt M prior chains can show.
+
+    Args:
+        u_final: (M,), nats.
+        goal: chains; None: max(8, M / 16).
+    """
     num_chains = len(u_final)
-    goal = min(max(8.0, num_chains / 16), float(num_chains))
+    goal = min(max(8.0, num_chains / 16) if goal is None else goal, float(num_chains))
     if float(ess(u_final)) >= goal:
         return 1.0
     low, high = 0.0, 1.0
@@ -139,28 +145,90 @@ def usable_scale(u_final: Tensor) -> float:
     return low
 
 
-def calibrate(u: Tensor, u_final: Tensor, c: Tensor) -> float:
-    """The kappa whose tempered potentials best predict the tilt of plain prior chains.
+def criterion(u: Tensor, u_final: Tensor, c: Tensor, *, scale: float, kappas: Sequence[float] = KAPPAS) -> Tensor:
+    """How badly tempered look-aheads predict the final tilt of plain prior chains, for each kappa.
 
-        v_kj = s u_kj / (1 + s kappa c_k),   w = softmax(s u_K)
-        kappa = argmin over KAPPAS of sum_k { log mean_j exp(v_kj) - sum_j w_j v_kj }
+        L(kappa) = mean over k of { log mean_j exp(v_kj) - sum_j w_j v_kj },  v_kj = s u_kj / (1 + s kappa c_k)
 
-    Each summand is, up to a constant, the divergence of the tempered look-ahead tilt of the chains from their final
-    tilt; s <= 1 keeps the final weights from resting on a few chains.
+    Up to a constant, the divergence of the tempered look-ahead tilt of the chains from their final tilt,
+    w = softmax(s u_K).
 
     Args:
         u: (S, M), nats, log G(x0_hat) at S steps of M prior chains.
         u_final: (M,), nats, log G of the chains' clean ends.
         c: (S,), relative uncertainty of x0_hat at those steps, in [0, 1].
+        scale: s, in (0, 1].
+
+    Returns:
+        (len(kappas),), nats per step, float64.
+    """
+    u, u_final, c = u.double(), u_final.double(), c.double()
+    weights = torch.softmax(scale * u_final, dim=0)
+    values = torch.tensor(kappas, dtype=torch.float64)
+    tempered = scale * u / (1 + scale * values[:, None, None] * c[:, None])
+    normaliser = torch.logsumexp(tempered, dim=-1) - math.log(len(u_final))
+    return (normaliser - (weights * tempered).sum(-1)).mean(-1)
+
+
+def relative_uncertainty(distance: Tensor) -> Tensor:
+    """c_k from the mean squared errors of x0_hat at S steps, (S,): relative to the first, made monotone."""
+    return (distance.double() / distance[0].double().clamp_min(1e-300)).cummin(0).values
+
+
+def learn(
+    u: Tensor, u_final: Tensor, distance: Tensor, fractions: Sequence[float], prompts: Sequence[Hashable]
+) -> Calibration:
+    """The schedule that plain prior chains teach about a potential; the one place where kappa is fitted.
+
+    Args:
+        u: (S, M), nats, log G(x0_hat) at S steps of M prior chains.
+        u_final: (M,), nats, log G of the chains' clean ends.
+        distance: (S,), mean squared error of x0_hat at those steps.
+        fractions: S numbers k / K.
+        prompts: M names.
+    """
+    c = relative_uncertainty(distance.cpu())
+    kappa = calibrate(u, u_final, c, prompts)
+    return Calibration(kappa, (*fractions, 1.0), (*c.tolist(), 0.0))
+
+
+def calibrate(u: Tensor, u_final: Tensor, c: Tensor, prompts: Sequence[Hashable] | None = None) -> float:
+    """The kappa whose tempered potentials best predict the tilt of plain prior chains: argmin of `criterion`.
+
+    s <= 1 (`usable_scale`) keeps the final weights from resting on a few chains. Weights compare particles of one
+    prompt only, so the means of prompts are taken out first, see `within_prompts`.
+
+    Args:
+        u: (S, M), nats, log G(x0_hat) at S steps of M prior chains.
+        u_final: (M,), nats, log G of the chains' clean ends.
+        c: (S,), relative uncertainty of x0_hat at those steps, in [0, 1].
+        prompts: M names; None: all chains are of one prompt.
 
     Returns:
         kappa >= 0.
     """
-    u, u_final, c = u.double(), u_final.double(), c.double()
-    s = usable_scale(u_final)
-    weights = torch.softmax(s * u_final, dim=0)
-    kappas = torch.tensor(KAPPAS, dtype=torch.float64)
-    tempered = s * u / (1 + s * kappas[:, None, None] * c[:, None])
-    normaliser = torch.logsumexp(tempered, dim=-1) - math.log(len(u_final))
-    loss = (normaliser - (weights * tempered).sum(-1)).sum(-1)
+    if prompts is not None:
+        u, u_final = within_prompts(u, prompts), within_prompts(u_final, prompts)
+    loss = criterion(u, u_final, c, scale=usable_scale(u_final))
     return KAPPAS[int(loss.argmin())]
+
+
+def within_prompts(u: Tensor, prompts: Sequence[Hashable], min_chains: int = 2) -> Tensor:
+    """What distinguishes chains of one prompt: the mean of each prompt taken out, the loss of spread made good.
+
+        u_j -> (u_j - mean of its n chains) sqrt(n / (n - 1))
+
+    Prompts of fewer than `min_chains` chains, whose means are unknown, are treated as one.
+
+    Args:
+        u: (..., M), nats.
+        prompts: M names.
+    """
+    count = Counter(prompts)
+    names = {name: i + 1 for i, name in enumerate(name for name, n in count.items() if n >= min_chains)}
+    group = torch.tensor([names.get(name, 0) for name in prompts], device=u.device)
+    size = torch.bincount(group, minlength=len(names) + 1).to(u.dtype)
+    total = torch.zeros(*u.shape[:-1], len(size), dtype=u.dtype, device=u.device).index_add(-1, group, u)
+    mean = total / size.clamp_min(1)
+    gain = (size / (size - 1).clamp_min(1)).sqrt()
+    return (u - mean[..., group]) * gain[group]

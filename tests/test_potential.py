@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
+from botorch.acquisition import PosteriorMean
 
 from tiltopt.errors import StoreError
 from tiltopt.online.pilot import Pilot
 from tiltopt.online.potential import AcquisitionPotential, alpha_for_kl, kl_from_prior
+from tiltopt.surrogates import fit
+from tiltopt.surrogates.feasibility import FeasibilityModel
 from tiltopt.types import Conditioning
 
 
@@ -66,6 +70,21 @@ def test_a_pilot_survives_the_disk_and_damage_is_named(tmp_path) -> None:
         Pilot.load(tmp_path)
 
 
+def test_a_pilot_knows_its_prompts(tmp_path) -> None:
+    """Offsets between prompts change nothing once the prompts are known, on disk too; without them they do."""
+    one = pilot()
+    prompt = torch.arange(64) // 4
+    known = dataclasses.replace(one, prompt=prompt)
+    known.save(tmp_path)
+    two = Pilot.load(tmp_path)
+    assert two is not None
+    assert torch.equal(two.prompt, prompt)
+    u, final = 2 * one.features[..., 0], 2 * one.final[:, 0]
+    offset = 300.0 * torch.randn(16, generator=torch.Generator().manual_seed(4))[prompt]
+    assert two.calibrate(u + offset, final + offset).kappa == two.calibrate(u, final).kappa
+    assert one.calibrate(u + offset, final + offset).kappa != one.calibrate(u, final).kappa
+
+
 def test_calibration_tempers_noisy_looks_and_ends_at_one() -> None:
     one = pilot()
     schedule = one.calibrate(2 * one.features[..., 0], 2 * one.final[:, 0])
@@ -75,3 +94,16 @@ def test_calibration_tempers_noisy_looks_and_ends_at_one() -> None:
     assert values[0] < 0.7
     perfect = Pilot(one.steps, one.num_steps, one.final.expand(3, -1, -1), one.final, one.distance)
     assert perfect.calibrate(perfect.features[..., 0], perfect.final[:, 0])(0, 10) > 0.95
+
+
+def test_what_fails_is_avoided_by_the_target_itself() -> None:
+    """Two equal designs but for their chance to come back: the target's odds are those chances' ratio."""
+    X = torch.randn(60, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model = FeasibilityModel.fit(X[X[:, 0] < 0], X[X[:, 0] > 0])
+    acquisition = PosteriorMean(fit("linear", X, X[:, 1:]))
+    plain = AcquisitionPotential(acquisition, lambda designs, prompts: designs, 0.1)
+    careful = AcquisitionPotential(acquisition, lambda designs, prompts: designs, 0.1, model.log_probability)
+    at = torch.tensor([[-1.0, 0.3], [1.0, 0.3]], dtype=torch.float64)
+    difference = careful(at, Conditioning(("a", "a"))) - plain(at, Conditioning(("a", "a")))
+    torch.testing.assert_close(difference, model.log_probability(at))
+    assert difference[0] > difference[1] + 1

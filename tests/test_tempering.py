@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tiltopt.samplers.tempering import (
     polynomial,
     tabulate,
     usable_scale,
+    within_prompts,
 )
 from tiltopt.samplers.weights import ess
 
@@ -98,6 +100,38 @@ def test_calibration_of_honest_looks_is_zero() -> None:
     assert calibrate(final.expand(6, -1), final, torch.linspace(1, 0.1, 6)) == 0
 
 
+def test_within_prompts_takes_means_out_and_keeps_the_spread() -> None:
+    """Offsets vanish exactly; the variance of what is left is that of one prompt's chains, whatever their number."""
+    g = torch.Generator().manual_seed(2)
+    names = [j // 2 for j in range(40_000)]
+    u = torch.randn(2, 40_000, generator=g, dtype=torch.float64)
+    left = within_prompts(u, names)
+    offset = 100 * torch.randn(20_000, generator=g, dtype=torch.float64).repeat_interleave(2)
+    assert torch.allclose(within_prompts(u + offset, names), left, atol=1e-10)
+    assert torch.allclose(left.view(2, -1, 2).sum(-1), torch.zeros(2, 20_000, dtype=torch.float64), atol=1e-10)
+    assert torch.allclose(left.square().mean(-1), torch.ones(2, dtype=torch.float64), atol=4 * math.sqrt(2 / 20_000))
+    alone = torch.tensor([3.0, 5.0, 1.0, 2.0], dtype=torch.float64)  # two prompts of one chain each count as one
+    root = math.sqrt(2)
+    expected = torch.tensor([-root, root, -root / 2, root / 2], dtype=torch.float64)
+    assert torch.allclose(within_prompts(alone, ["a", "b", "c", "c"]), expected)
+    one = torch.tensor([7.0], dtype=torch.float64)
+    assert float(within_prompts(one, ["a"])) == 0.0
+
+
+def test_calibration_ignores_offsets_between_prompts() -> None:
+    """Exactly: where prompts differ by hundreds of nats, kappa is that of the same chains without the difference."""
+    g = torch.Generator().manual_seed(5)
+    names = [j // 4 for j in range(64)]
+    final = torch.randn(64, generator=g, dtype=torch.float64)
+    c = torch.linspace(1, 0.1, 6, dtype=torch.float64)
+    looks = final + c.sqrt()[:, None] * torch.randn(6, 64, generator=g, dtype=torch.float64)
+    offset = 300 * torch.randn(16, generator=g, dtype=torch.float64).repeat_interleave(4)
+    kappa = calibrate(looks, final, c, names)
+    assert kappa > 0
+    assert calibrate(looks + offset, final + offset, c, names) == kappa
+    assert calibrate(looks + offset, final + offset, c) != kappa
+
+
 def test_calibration_interpolates_and_carries_over_to_other_step_counts() -> None:
     schedule = Calibration(2.0, (0.0, 0.5, 1.0), (1.0, 0.4, 0.0))
     assert schedule(0, 10) == pytest.approx(1 / 3)
@@ -153,7 +187,7 @@ def test_pilot_serves_later_potentials_and_later_batches() -> None:
             return super().reverse(k, x, cond)  # type: ignore[arg-type]
 
     prior = Counting(torch.zeros(2), torch.eye(2), num_steps=10)
-    sampler = DAS(cache=PilotCache())
+    sampler = DAS(gradient="full", cache=PilotCache())
 
     def cost(batch: int, potential: object) -> int:
         before = Counting.calls
@@ -186,12 +220,14 @@ def test_one_network_call_per_step_and_backward_only_when_asked() -> None:
         return len(prior.calls), sum(prior.calls), len(evaluated)
 
     # the last kernel of a DDIM chain is deterministic, so the look before it needs no gradient
-    assert run(DAS(tempering="none")) == (12, 11, 13)
-    assert run(DAS(tempering="none", gradient_every=4)) == (12, 3, 13)
-    assert run(DAS(tempering="none", gradient_every=4, potential_every=4)) == (12, 3, 4)
-    assert run(DAS(tempering="none", gradient="none")) == (12, 0, 13)
-    assert run(DAS(tempering="none", gradient="x0", x0_factor=lambda k, n: 1.0)) == (12, 0, 13)
-    assert run(DAS(tempering="exp")) == (12, 10, 12)  # lambda_0 = 0 needs neither
+    full: dict[str, Any] = {"gradient": "full", "potential_every": 1}
+    assert run(DAS(tempering="none", gradient_every=1, **full)) == (12, 11, 13)
+    assert run(DAS(tempering="none", gradient_every=4, **full)) == (12, 3, 13)
+    assert run(DAS(tempering="none", gradient="full")) == (12, 3, 4)
+    assert run(DAS(tempering="none", gradient="none", potential_every=1)) == (12, 0, 13)
+    assert run(DAS(tempering="none", x0_factor=lambda k, n: 1.0)) == (12, 0, 4)
+    assert run(DAS(tempering="none", x0_factor=lambda k, n: 1.0, gradient_every=1, potential_every=1)) == (12, 0, 13)
+    assert run(DAS(tempering="exp", gradient_every=1, **full)) == (12, 10, 12)  # lambda_0 = 0 needs neither
 
 
 def test_x0_factor_is_the_jacobian_of_a_linear_denoiser() -> None:
@@ -203,9 +239,10 @@ def test_x0_factor_is_the_jacobian_of_a_linear_denoiser() -> None:
     abar = prior.abar[list(pilot.steps)]
     expected = abar.sqrt() * variance / (abar * variance + 1 - abar)
     assert torch.allclose(torch.tensor(factors.factors[:-1], dtype=torch.float64), expected, rtol=1e-4)
-    full = DAS(tempering="exp").sample(prior, POTENTIAL, prompts(2), num_particles=4, generators=generators(2))
+    every: dict[str, Any] = {"tempering": "exp", "gradient_every": 1, "potential_every": 1}
+    full = DAS(gradient="full", **every).sample(prior, POTENTIAL, prompts(2), num_particles=4, generators=generators(2))
     exact = lambda k, n: float(prior.abar[k].sqrt() * variance / (prior.abar[k] * variance + 1 - prior.abar[k]))  # noqa: E731
-    cheap = DAS(tempering="exp", gradient="x0", x0_factor=exact).sample(
+    cheap = DAS(gradient="x0", x0_factor=exact, **every).sample(
         prior, POTENTIAL, prompts(2), num_particles=4, generators=generators(2)
     )
     assert torch.allclose(full.x0, cheap.x0, atol=1e-4)
