@@ -61,6 +61,7 @@ class Data:
         pending: (m, d) float64 features of queries that are asked and not yet answered; m may be 0.
         comparisons: (c, 2) int64, rows (i, j): row i of X was preferred to row j, and Y is empty; None in a run whose
             answers are values.
+        failed: (f, d) float64 features of queries whose evaluation failed; None reads as none.
     """
 
     X: Tensor
@@ -68,6 +69,7 @@ class Data:
     sem: Tensor | None
     pending: Tensor
     comparisons: Tensor | None = None
+    failed: Tensor | None = None
 
 
 @dataclass(frozen=True)

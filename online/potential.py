@@ -18,16 +18,20 @@ class AcquisitionPotential:
     """log G of a design, in nats: its acquisition value over the price of leaving the prior.
 
     The sampler then targets p(x) exp(acquisition(x) / alpha), the maximiser of E[acquisition] - alpha KL(. || p).
+    With `feasible`, the target is multiplied by P(answer | features): it is the same maximiser over the designs that
+    come back with an answer.
 
     Args:
         acquisition: BoTorch acquisition over (n, 1, d) features, in reward units.
         features: designs (n, 3, H, W) in [0, 1] and their prompts -> (n, d), differentiable.
         alpha: reward units per nat, > 0.
+        feasible: log P(answer | features) of (n, d), nats; None: every design comes back.
     """
 
     acquisition: AcquisitionFunction
     features: Callable[[Tensor, Sequence[str]], Tensor]
     alpha: float
+    feasible: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, designs: Tensor, cond: Conditioning) -> Tensor:
         """(n, *design) -> (n,) float64 nats."""
@@ -35,7 +39,8 @@ class AcquisitionPotential:
 
     def of_features(self, features: Tensor) -> Tensor:
         """(n, d) -> (n,) float64 nats."""
-        return self.acquisition(features.double().unsqueeze(-2)) / self.alpha
+        value = self.acquisition(features.double().unsqueeze(-2)) / self.alpha
+        return value if self.feasible is None else value + self.feasible(features)
 
 
 def kl_from_prior(log_g: Tensor) -> float:

@@ -20,7 +20,11 @@ SIMPLE_ANIMALS = tuple(
 HELD_OUT_ANIMALS = tuple("snail hippopotamus cheetah crocodile lobster octopus bat gorilla hedgehog kangaroo".split())
 """The evaluation prompts of SEIKO's and DAS's experiments."""
 
+DEMO_ANIMALS = tuple("cat dog horse monkey rabbit zebra bird sheep cow lion tiger bear".split())
+"""Twelve of them, each asked once in a round of twelve, so that rounds can be compared."""
+
 BUILT_IN = {
+    "demo_animals": DEMO_ANIMALS,
     "simple_animals": SIMPLE_ANIMALS,
     "held_out_animals": HELD_OUT_ANIMALS,
     "all_animals": SIMPLE_ANIMALS + HELD_OUT_ANIMALS,

@@ -250,7 +250,7 @@ class Store:
         return frame.astype(dict.fromkeys(names[2:], "float64"))
 
     def data(self) -> Data:
-        """Every answer and the features of what is pending, in order of query numbers."""
+        """Every answer, and the features of what is pending and of what failed, in order of query numbers."""
         numbers = select(queries.c.number).where(queries.c.run_id == self.run_id).order_by(queries.c.number)
         answered = numbers.add_columns(queries.c.value, queries.c.sem).where(
             queries.c.state == "answered",
@@ -259,11 +259,13 @@ class Store:
         with self.database.reading() as c:
             known, values, sems = _columns(c.execute(answered), 3)
             (pending,) = _columns(c.execute(numbers.where(queries.c.state == "asked")), 1)
+            (failed,) = _columns(c.execute(numbers.where(queries.c.state == "failed")), 1)
             self._features.update(c)
         Y = torch.tensor(values, dtype=torch.float64)[:, None]
         spread = np.array(sems, dtype=np.float64)  # None becomes NaN; beside known ones it adds nothing
         sem = None if np.isnan(spread).all() else torch.from_numpy(np.nan_to_num(spread))[:, None]
-        return Data(self._features.rows(known), Y, sem, self._features.rows(pending))
+        rows = self._features.rows
+        return Data(rows(known), Y, sem, rows(pending), failed=rows(failed))
 
     def vectors_of(self, numbers: Sequence[int]) -> Tensor:
         """Features (n, d) float64 of the queries with these numbers, in their order."""

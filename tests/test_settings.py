@@ -133,6 +133,8 @@ def test_the_lists_are_the_published_ones() -> None:
     assert len(BUILT_IN["simple_animals"]) == 40
     assert len(BUILT_IN["held_out_animals"]) == 10
     assert len(set(BUILT_IN["all_animals"])) == 50
+    assert set(BUILT_IN["demo_animals"]) <= set(BUILT_IN["simple_animals"])
+    assert len(BUILT_IN["demo_animals"]) == preset("demo").batch_size
 
 
 def test_seeds_are_named_and_do_not_collide() -> None:
