@@ -191,7 +191,7 @@ class Comparisons:
         with self.database.reading() as c:
             rows = [row for row in self._rows(c) if row.outcome != "failed"]
             compared = c.execute(self._vectors(queries.c.number.in_(select(took_part)))).all()
-            pending = c.execute(self._vectors(queries.c.state == "asked")).all()
+            pending, failed = (c.execute(self._vectors(queries.c.state == s)).all() for s in ("asked", "failed"))
         place = {number: i for i, (number, _) in enumerate(compared)}
         found = []
         for row in sorted(rows, key=lambda row: (min(row.winner, row.loser), max(row.winner, row.loser), row.id)):
@@ -199,9 +199,8 @@ class Comparisons:
             found += [pair] if row.outcome == "win" else [(min(pair), max(pair)), (max(pair), min(pair))]
         X = matrix([vector for _, vector in compared])
         pairs = torch.tensor(found, dtype=torch.long).reshape(-1, 2)
-        return Data(
-            X, X.new_zeros(0, 1), None, matrix([vector for _, vector in pending], X.shape[1]), comparisons=pairs
-        )
+        rest = (matrix([vector for _, vector in rows], X.shape[1]) for rows in (pending, failed))
+        return Data(X, X.new_zeros(0, 1), None, next(rest), comparisons=pairs, failed=next(rest))
 
     def _vectors(self, condition: Any) -> Any:
         same = and_(features.c.run_id == queries.c.run_id, features.c.number == queries.c.number)
