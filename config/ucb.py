@@ -18,5 +18,5 @@ def get_config(name: str = "demo") -> ConfigDict:
     config.model.name = "last_layer" if paper else "linear"
     if config.acquisition.name != "mean":
         config.acquisition.name = "ucb"
-        config.acquisition.beta = 1e-4 if paper else 2.0  # .01 standard deviations, as published, or 1.4
+        config.acquisition.beta = 1e-4 if paper else 0.25  # .01 standard deviations, as published, or half of one
     return config.lock()

@@ -60,7 +60,8 @@ def demo() -> ConfigDict:
     config.initial_batch_size = 60
     config.reference_samples = 256  # the demo's black box is free, so the report can show the prior in full
     config.prior.num_steps = 20
-    config.sampler.num_particles = 8
+    config.sampler.num_particles = 12
+    config.micro_batch = 24
     config.sampler.gradient_every = 4  # the weights stay exact, at a quarter of the backward passes
     config.sampler.potential_every = 4
     config.sampler.alpha = 0.001  # kB per nat
