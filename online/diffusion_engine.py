@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -302,7 +303,9 @@ class DiffusionEngine:
         changes: dict[str, Any] = {k: v for k, v in LOOP.items() if k not in options and "gradient" not in options}
         if options.get("tempering", "calibrated") == "calibrated":
             u = self._values(potential.of_features, self.pilot.features)
-            changes["tempering"] = self.pilot.calibrate(u, self._values(potential.of_features, self.pilot.final))
+            fitted = self.pilot.calibrate(u, self._values(potential.of_features, self.pilot.final))
+            kappa = options.get("kappa")
+            changes["tempering"] = fitted if kappa is None else replace(fitted, kappa=kappa)
         return changes
 
     # ------------------------------------------------------------------ surrogate

@@ -38,8 +38,10 @@ def base() -> ConfigDict:
         ("reward", "max_queries", int),
         ("reward", "max_seconds", float),
         ("sampler", "target_kl", float),
+        ("sampler", "kappa", float),
     ):
-        del config[section][key]
+        if key in config[section]:  # a key's type is fixed by its first value
+            del config[section][key]
         config[section][key] = _empty(kind)
     return config
 
@@ -65,6 +67,7 @@ def demo() -> ConfigDict:
     config.sampler.gradient_every = 4  # the weights stay exact, at a quarter of the backward passes
     config.sampler.potential_every = 4
     config.sampler.alpha = 0.001  # kB per nat
+    config.sampler.kappa = 60.0  # guides earlier than the fitted tempering, which is careful at so low a price
     config.acquisition.adapt = True
     return config
 

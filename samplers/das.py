@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -45,6 +46,9 @@ class DAS:
             `adaptive` bisects on the ESS; `none` is lambda = 1; or a `Calibration`, or any function (k, K) -> lambda.
             What `calibrated` learns, and the factors of gradient="x0", depend on the first call's prompts: use
             `with_calibration` where a query must give the same design in every batch.
+        kappa: strength of the `calibrated` tempering, lambda_k = 1 / (1 + kappa c_k), with c_k still learnt from plain
+            chains; None fits it too. The fit imitates what plain chains can show of the tilt, which is careful where
+            log G spreads over hundreds of nats; a smaller kappa then guides earlier.
         gamma: rate of `exp`; None reaches 1 after 88 % of the steps, as published.
         degree: exponent of `polynomial`.
         ess_threshold: resample a prompt when its ESS < ess_threshold * P. 0: never; 1: at every step; .5 is published.
@@ -72,6 +76,7 @@ class DAS:
     """
 
     tempering: str | Calibration | ScheduleFn = "calibrated"
+    kappa: float | None = None
     gamma: float | None = None
     degree: float = 2.0
     ess_threshold: float = 0.7
@@ -94,6 +99,8 @@ class DAS:
             raise ConfigError(
                 f"`tempering` must be one of {', '.join(NAMES)} or a function (k, K) -> lambda, got {self.tempering!r}."
             )
+        if self.kappa is not None and not 0 <= self.kappa < math.inf:
+            raise ConfigError(f"`kappa` must be finite and >= 0, or None, got {self.kappa}.")
         if self.gamma is not None and not self.gamma > 0:
             raise ConfigError(f"`gamma` must be positive or None, got {self.gamma}.")
         if self.pilot_chains < 8:
@@ -103,6 +110,7 @@ class DAS:
 
     def with_calibration(self, calibration: Calibration, x0_factor: ScheduleFn | None = None) -> DAS:
         """The same sampler with a schedule, and where given factors for gradient="x0", learnt elsewhere."""
+        calibration = self.strength(calibration)
         return replace(self, tempering=calibration, x0_factor=self.x0_factor if x0_factor is None else x0_factor)
 
     def sample(
@@ -159,4 +167,9 @@ class DAS:
         if self.tempering == "none":
             return [1.0] * (num_steps + 1)
         pilot = self._pilot(prior, cond)
-        return tabulate(self.cache.calibration(prior, potential, pilot, self._pilot_rows), num_steps)
+        calibration = self.cache.calibration(prior, potential, pilot, self._pilot_rows)
+        return tabulate(self.strength(calibration), num_steps)
+
+    def strength(self, calibration: Calibration) -> Calibration:
+        """The calibration with `kappa` in place of the fitted one, where it is given."""
+        return calibration if self.kappa is None else replace(calibration, kappa=self.kappa)

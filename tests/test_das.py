@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from tests.contracts import POTENTIAL, generators, linear_gaussian, prompts, z_scores
-from tiltopt.samplers import DAS, TDS, BestOfN, FKSteering, Sampler, Samples
+from tiltopt.samplers import DAS, TDS, BestOfN, Calibration, FKSteering, Sampler, Samples
 from tiltopt.samplers.analytic import MixturePrior, Quadratic, isotropic_mixture, ring_mixture
 from tiltopt.types import Conditioning, Potential
 
@@ -67,6 +67,7 @@ def test_default_beats_the_published_setting() -> None:
     [
         {"tempering": "adaptive", **EVERY},
         {"tempering": "polynomial", "resampling": "residual"},
+        {"kappa": 3.0},
         EVERY,
         {"gradient": "full"},
         {"gradient": "none"},
@@ -84,6 +85,21 @@ def test_every_lever_is_exact(options: dict[str, object]) -> None:
     out = sampler.sample(prior, POTENTIAL, prompts(1200), num_particles=8, generators=generators(1200, seed=4))
     for name, score in z_scores(out, prior).items():
         assert score.abs().max() < 4, name
+
+
+def test_a_given_kappa_takes_the_place_of_the_fitted_one_and_nothing_else() -> None:
+    prior = linear_gaussian()
+    fitted = DAS().cache.calibration(prior, POTENTIAL, DAS()._pilot(prior, prompts(4)), 16)
+
+    def draw(sampler: DAS) -> Tensor:
+        return sampler.sample(prior, POTENTIAL, prompts(4), num_particles=8, generators=generators(4, seed=1)).x0
+
+    assert torch.equal(draw(DAS(kappa=fitted.kappa)), draw(DAS()))
+    assert not torch.equal(draw(DAS(kappa=fitted.kappa + 5)), draw(DAS()))
+    assert torch.equal(draw(DAS(kappa=0.0)), draw(DAS(tempering="none")))
+    given = DAS(kappa=7.0).with_calibration(fitted).tempering
+    assert isinstance(given, Calibration)
+    assert (given.kappa, given.c) == (7.0, fitted.c)
 
 
 @pytest.mark.parametrize("sampler", [DAS(), PUBLISHED, TDS(), FKSteering(), BestOfN()], ids=lambda s: str(s)[:30])

@@ -118,6 +118,7 @@ def test_settings_are_refused(make: type) -> None:
 
 def test_das_settings_are_refused() -> None:
     for bad in (
+        {"kappa": -1.0},
         {"tempering": "linear"}, {"gamma": 0.0}, {"ess_threshold": 1.5}, {"resampling": "random"}, {"gradient": "some"},
         {"gradient_every": 0}, {"potential_every": 0}, {"max_shift": 0.0}, {"nan": "ignore"}, {"pilot_chains": 2},
     ):  # fmt: skip
