@@ -91,7 +91,7 @@ def fingerprint(X: Tensor, Y: Tensor, sem: Tensor | None = None) -> str:
         if t is not None:
             t = t.detach().cpu().to(torch.float64).contiguous()
             digest.update(str(tuple(t.shape)).encode())
-            digest.update(t.numpy().reshape(-1))
+            digest.update(t.numpy().reshape(-1).data)
     return digest.hexdigest()[:16]
 
 

@@ -26,9 +26,13 @@ class LatentEncoder(Protocol):
     event_shape: (C, h, w) of one latent. image_size: (height, width) of the pictures, pixels.
     """
 
-    encoder_id: str
     event_shape: torch.Size
     image_size: tuple[int, int]
+
+    @property
+    def encoder_id(self) -> str:
+        """See the class."""
+        ...
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Pictures (n, 3, height, width) in [0, 1] -> (n, C, h, w), differentiable."""
