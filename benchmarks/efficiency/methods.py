@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ FIXED: dict[str, object] = {
     "prior.num_steps": 25,
     "sampler.num_particles": 4,
     "sampler.gradient_every": 1,
+    "sampler.potential_every": 1,
     "sampler.max_shift": 1.0,
     "micro_batch": 16,
 }
@@ -99,7 +101,9 @@ def settings_of(cell: Cell, run_dir: Path, alpha: float, overrides: Sequence[str
 
 def _parse(file: str, changes: Mapping[str, object]) -> Settings:
     flags = [f"--config.{key}={value}" for key, value in changes.items()]
-    return Settings.from_config(parse(["--config", f"{CONFIG / file}:demo", *flags]))
+    settings = Settings.from_config(parse(["--config", f"{CONFIG / file}:demo", *flags]))
+    options = {k: v for k, v in settings.sampler.options.items() if k != "kappa"}  # fitted, whatever the demo does
+    return dataclasses.replace(settings, sampler=dataclasses.replace(settings.sampler, options=options))
 
 
 def evaluations_per_query(settings: Settings) -> int:
