@@ -70,9 +70,14 @@ def run_direct(settings: DirectSettings, team: Team | None = None) -> dict[str, 
     """Draw, score and save every image; returns the summary. Collective.
 
     Image i depends on (seed, i), its prompt and the micro-batch alone, whatever the number of processes.
+    Without a `team`, the processes that the launcher started are one, and it is left at the end.
     """
     check(settings)
-    team = team or Team.from_accelerate(settings.device)
+    if team is None:
+        team = Team.from_accelerate(settings.device)
+        summary = run_direct(settings, team)
+        team.leave()
+        return summary
     folder, started = Path(settings.run_dir), time.monotonic()
     on_main(team, lambda: _claim(folder, settings))
     prompts = settings.all_prompts()

@@ -69,12 +69,13 @@ def _start(arguments: Sequence[str]) -> None:
     team = Team.from_accelerate(settings.device)
     named = any(a.lstrip("-").startswith("config.run_dir") for a in arguments)
     settings = dataclasses.replace(settings, run_dir=on_main(team, lambda: _free_folder(settings, named)))
+    started = time.monotonic()
     if settings.surrogate:
         _evaluate(settings, team)
-        return
-    started = time.monotonic()
-    with Optimizer.create(settings.run_dir, settings, team=team) as optimizer:
-        _carry_on(optimizer, started, 0.0)
+    else:
+        with Optimizer.create(settings.run_dir, settings, team=team) as optimizer:
+            _carry_on(optimizer, started, 0.0)
+    team.leave()
 
 
 def _resume(folder: Path, allow_change: bool) -> None:
@@ -84,6 +85,7 @@ def _resume(folder: Path, allow_change: bool) -> None:
         check(optimizer.settings)
         earlier = on_main(team, lambda: sum(r.ask_seconds + r.answer_seconds for r in optimizer.store.rounds()))
         _carry_on(optimizer, started, earlier)
+    team.leave()
 
 
 def _free_folder(settings: Settings, named: bool) -> str:

@@ -86,3 +86,12 @@ class Team:
         """Wait until every rank is here."""
         if self.size > 1:
             dist.barrier()
+
+    def leave(self) -> None:
+        """End the exchange between the processes, when all is done. Collective; nothing of this team works after it.
+
+        Without it the threads of the exchange may outlive the interpreter, and a finished process aborts on its way out.
+        """
+        if self.size > 1 and dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
