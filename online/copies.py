@@ -15,6 +15,8 @@ from tiltopt.errors import StoreError
 from tiltopt.online import files
 
 NAME = "queries.sqlite"
+SETTLED = 60.0
+"""Seconds after which a change is surely in the store."""
 _WHOLE = ("tiltopt_meta", "tiltopt_runs")
 _IN_ROUND = "run_id IN (SELECT id FROM source.tiltopt_runs) AND round = ?"  # every index begins with run_id
 _BY_ROUND = {
@@ -25,8 +27,14 @@ _BY_ROUND = {
 }
 
 
-def copy_rounds(folder: Path) -> None:
+def copy_rounds(folder: Path, since: float = -math.inf) -> float:
     """Write `round_NNN/queries.sqlite` for each round that changed since its copy was made.
+
+    Args:
+        since: seconds since the epoch; rounds without a change after it are taken for copied.
+
+    Returns:
+        `since` for the next call: a while before the newest change, for changes that are still being written.
 
     Raises:
         StoreError: the disk refuses.
@@ -34,13 +42,16 @@ def copy_rounds(folder: Path) -> None:
     store = folder / NAME
     with _reading(store) as c:
         changed = c.execute(
-            "SELECT round, max(changed_at) FROM (SELECT round, changed_at FROM tiltopt_queries UNION ALL "
-            "SELECT round, changed_at FROM tiltopt_comparisons) AS all_of_them GROUP BY round ORDER BY round"
+            "SELECT round, max(changed_at) FROM (SELECT round, changed_at FROM tiltopt_queries WHERE changed_at > ? "
+            "UNION ALL SELECT round, changed_at FROM tiltopt_comparisons WHERE changed_at > ?) AS all_of_them "
+            "GROUP BY round ORDER BY round",
+            (since, since),
         ).fetchall()
     for round_, moment in changed:
         target = files.round_folder(folder, round_) / NAME
         if _written_at(target) <= moment:
             _gather([(store, round_)], target)
+    return max([since, *(moment - SETTLED for _, moment in changed)])
 
 
 def _written_at(file: Path) -> float:

@@ -7,6 +7,7 @@ with Optimizer.create("checkpoints/mine", config) as opt:        # or Optimizer.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -69,6 +70,7 @@ class Optimizer(Comparing):
         self._engine = engine
         self._store = store
         self._lock = lock
+        self._copied = -math.inf  # changes up to then are in the rounds' copies
 
     @classmethod
     def create(
@@ -188,7 +190,7 @@ class Optimizer(Comparing):
     def checkpoint(self) -> None:
         """Copy the rows of every round that changed into its folder; see `tiltopt.online.copies`."""
         if not runfolder.is_shared(self.folder):
-            copies.copy_rounds(self.folder)
+            self._copied = copies.copy_rounds(self.folder, self._copied)
 
     # ---- telling
 

@@ -90,7 +90,7 @@ class Team:
     def leave(self) -> None:
         """End the exchange between the processes, when all is done. Collective; nothing of this team works after it.
 
-        Without it the threads of the exchange may outlive the interpreter, and a finished process aborts on its way out.
+        Without it the threads of the exchange may outlive the interpreter: a finished process aborts on its way out.
         """
         if self.size > 1 and dist.is_initialized():
             dist.barrier()

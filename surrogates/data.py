@@ -20,12 +20,14 @@ class Data:
     y: (n,), answers in reward units, finite, not all equal; n >= 2.
     sem: (n,), known standard error of each answer in reward units, >= 0; None if unknown.
     relevance: (d,), positive, how much each standardised feature may matter beside the others; None: all alike.
+    moments: mean (d,) and centred Gram matrix (d, d) of X, where they are known already (`evidence.with_moments`).
     """
 
     X: Tensor
     y: Tensor
     sem: Tensor | None = None
     relevance: Tensor | None = None
+    moments: tuple[Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.y)

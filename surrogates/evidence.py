@@ -10,7 +10,7 @@ Sources: MacKay 1992, "Bayesian interpolation"; Bishop 2006, sections 3.3-3.5.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -123,11 +123,18 @@ def _solve_heteroscedastic(X: Tensor, y: Tensor, sem2: Tensor, scaling: Scaling,
     return _weights(spec, ratio, one, noise, log_ev)
 
 
+def with_moments(data: Data) -> Data:
+    """The same answers with the moments of their features, where those are the cheap form (n > d), for several fits."""
+    if data.moments is not None or len(data) <= data.X.shape[1]:
+        return data
+    mean = data.X.mean(dim=0)
+    return replace(data, moments=(mean, gram(data.X, mean, None)))
+
+
 def standardise(data: Data, common: bool) -> tuple[Scaling, Tensor | None]:
     """Standardisation, relevance included, and the centred Gram matrix where it is the cheap form (n > d)."""
-    X, y = data.X, data.y
-    mean = X.mean(dim=0)
-    moment = gram(X, mean, None) if len(X) > X.shape[1] else None
+    X, y, moments = data.X, data.y, with_moments(data).moments
+    mean, moment = (X.mean(dim=0), None) if moments is None else moments
     var = (moment.diagonal() if moment is not None else (X - mean).square().sum(dim=0)) / (len(X) - 1)
     scale = var.sqrt()
     varies = scale > 1e-9 * X.abs().amax(dim=0)

@@ -15,6 +15,7 @@ from tiltopt.surrogates.ancestor import AncestorModel
 from tiltopt.surrogates.auto import fit_auto
 from tiltopt.surrogates.data import Data, check
 from tiltopt.surrogates.ensemble import fit_ensemble
+from tiltopt.surrogates.evidence import with_moments
 from tiltopt.surrogates.gp import GPModel
 from tiltopt.surrogates.last_layer import LastLayerModel
 from tiltopt.surrogates.linear import LinearModel
@@ -57,6 +58,7 @@ def fit(
         raise SurrogateError(f"unknown surrogate {name!r}; choose one of {', '.join(NAMES)}.")
     data = check(X, Y, sem)
     if blocks is not None and len(check_blocks(blocks, data.X.shape[1])) > 1 and name != "ancestor":
+        data = with_moments(data)
         data = replace(data, relevance=learn_relevance(data, blocks))
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     try:

@@ -14,7 +14,7 @@ Sources: MacKay 1992, "Bayesian interpolation"; Neal 1996, "Bayesian learning fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -65,10 +65,25 @@ def learn_relevance(data: Data, blocks: Sequence[int], *, strength: float = 1.0)
         before = list(log_odds)
         for b in range(len(sizes) - (len(sizes) == 2)):  # two blocks have one share to choose
             trials = [[*log_odds[:b], value, *log_odds[b + 1 :]] for value in GRID]
-            log_odds = max(trials, key=evidence)
+            start = GRID.index(log_odds[b])
+            log_odds = _climb(trials, start, evidence) if evidence.primal else max(trials, key=evidence)
         if log_odds == before:
             break
     return _expand(_shares(log_odds), sizes).to(data.X)
+
+
+def _climb(trials: Sequence[list[float]], start: int, evidence: Callable[[list[float]], float]) -> list[float]:
+    """The best trial by steps to the better neighbour: with more answers than features the evidence has one peak."""
+    known = {start: evidence(trials[start])}
+    at = start
+    while True:
+        for near in (at - 1, at + 1):
+            if 0 <= near < len(trials) and near not in known:
+                known[near] = evidence(trials[near])
+        best = max(known, key=known.__getitem__)
+        if best == at:
+            return trials[at]
+        at = best
 
 
 def _shares(log_odds: Sequence[float]) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from tiltopt.errors import SurrogateError
 from tiltopt.surrogates import fit
 from tiltopt.surrogates.data import Data, check
-from tiltopt.surrogates.relevance import CONCENTRATION, GRID, learn_relevance
+from tiltopt.surrogates.evidence import with_moments
+from tiltopt.surrogates.relevance import CONCENTRATION, GRID, _Evidence, learn_relevance
 
 
 def problem(n: int, small: int, large: int, where: str, seed: int, noise: float = 0.3) -> tuple[Data, Data]:
@@ -110,3 +111,13 @@ def test_constant_features_and_refusals() -> None:
     for blocks in ((), (4, 21), (0, 24), (-4, 28)):
         with pytest.raises(SurrogateError, match="sum to the 24 features"):
             fit("linear", data.X, data.y[:, None], blocks=blocks)
+
+
+@pytest.mark.parametrize("where", ["small", "both", "large"])
+def test_climbing_the_grid_finds_what_trying_all_of_it_finds(where: str) -> None:
+    data, _ = problem(400, 8, 60, where, seed=3)
+    evidence = _Evidence(data, (8, 60), 1.0)
+    assert evidence.primal
+    best = max(GRID, key=lambda odds: evidence([odds, 0.0]))
+    found = share(learn_relevance(with_moments(data), (8, 60)), 8)
+    assert found == pytest.approx(1 / (1 + math.exp(-best)))

@@ -26,7 +26,8 @@ SIDE = 64
 
 
 class ToyEngine:
-    """Designs are noise, features a vector drawn from the query's seed; the surrogate is the real linear one.
+    """Designs are noise, features a vector drawn from the query's seed; the surrogate is the real linear one, on two
+    blocks of features, as in the demo.
 
     Args:
         width: d, numbers per feature vector.
@@ -37,6 +38,8 @@ class ToyEngine:
 
     def __init__(self, width: int, clock: Stopwatch) -> None:
         self.width = width
+        first = max(1, width // 6)
+        self.blocks = (first, width - first)
         self.clock = clock
         self.team = Team()
 
@@ -46,7 +49,8 @@ class ToyEngine:
 
     def fit(self, data: Data, round_: int) -> Model:
         with self.clock.over("fit"):
-            return surrogates.fit("linear", data.X, data.Y, sem=data.sem, generator=generator(0, "fit", round_))
+            source = generator(0, "fit", round_)
+            return surrogates.fit("linear", data.X, data.Y, sem=data.sem, generator=source, blocks=self.blocks)
 
     def draw(
         self,
