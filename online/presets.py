@@ -67,7 +67,7 @@ def demo() -> ConfigDict:
     config.sampler.gradient_every = 4  # the weights stay exact, at a quarter of the backward passes
     config.sampler.potential_every = 4
     config.sampler.alpha = 0.001  # kB per nat
-    config.sampler.kappa = 60.0  # guides earlier than the fitted tempering, which is careful at so low a price
+    config.sampler.kappa = 80.0  # guides earlier than the fitted tempering, which is careful at so low a price
     config.acquisition.adapt = True
     return config
 
