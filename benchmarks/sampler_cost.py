@@ -15,6 +15,7 @@ import argparse
 import functools
 import importlib.util
 import json
+import os
 import platform
 import resource
 import statistics
@@ -23,6 +24,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -193,10 +195,8 @@ def samplers(calibration: Calibration, factors: Any) -> dict[str, tuple[Sampler,
     for name, options in LOOKS.items():
         table[f"calibrated, {name}"] = (DAS(ess_threshold=0.5, **learnt, **options), 1)
     table["DAS(): gradient at x0 and potential every 4, resampling below .7"] = (DAS(**learnt), 1)
-    table["calibrated, gradient at x0 and potential every 4, twice the particles"] = (
-        DAS(ess_threshold=0.5, **learnt),
-        2,
-    )
+    table["DAS(), twice the particles"] = (DAS(**learnt), 2)
+    table["no gradient, resampling below .7, twice the particles"] = (DAS(gradient="none", **learnt), 2)
     table["FK steering"] = (FKSteering(), 1)
     table["best of N"] = (BestOfN(), 1)
     return table
@@ -377,7 +377,10 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     report: dict[str, Any] = json.loads(args.out.read_text()) if args.out.is_file() else {}
-    report["machine"] = {"processor": platform.machine(), "torch": torch.__version__, "threads": 1}
+    report["machine"] = {
+        "processor": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__, "threads": 1,
+        "date": date.today().isoformat(), "load_average": round(os.getloadavg()[0], 2),
+    }  # fmt: skip
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "overhead": lambda: overhead(args.steps, args.particles, args.repeats),
         "levers": lambda: levers(args.steps, args.lever_particles, args.lever_repeats, args.lever_prompts),
