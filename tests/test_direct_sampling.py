@@ -109,7 +109,7 @@ def test_two_processes_write_the_same_images(pipeline: Path, tmp_path: Path) -> 
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     changes = {"micro_batch": 2, "sampler.pilot_chains": 8, "device": "cpu"}
     for n in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n), "--master_port", "29577"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n), "--standalone"]
         command += [str(ROOT / "samplers" / "main.py"), *arguments(pipeline, tmp_path / str(n), **changes)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
         assert done.returncode == 0, done.stderr[:4000] + done.stderr[-1000:]

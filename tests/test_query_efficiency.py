@@ -92,8 +92,8 @@ def test_every_method_runs_to_the_end_at_the_cost_it_is_said_to_have(
 def test_best_of_n_spends_what_das_spends(shop: Workshop) -> None:
     ours = settings_of(cell("linear_ucb"), Path("x"), 1.0)
     rival = settings_of(cell("surrogate_best_of_n"), Path("x"), 1.0)
-    assert (ours.sampler.num_particles, rival.sampler.num_particles) == (4, 12)
-    assert evaluations_per_query(ours) == evaluations_per_query(rival) == 300  # 4 x 25 forward, 4 x 25 x 2 backward
+    assert (ours.sampler.num_particles, rival.sampler.num_particles) == (4, 6)
+    assert evaluations_per_query(ours) == evaluations_per_query(rival) == 72  # 4 x 12 forward, 4 x 3 x 2 backward
     assert rival.sampler.options["select"] == "argmax"
     assert rival.model == ours.model
 
@@ -105,7 +105,7 @@ def test_best_of_n_spends_what_das_spends(shop: Workshop) -> None:
     assert evaluations_per_query(changed(5, 2)) == 4 * 5 + 2 * 4 * 3  # gradients at steps 0, 2, 4
     assert equal_particles(changed(5, 2)) == 9  # 44 / 5, rounded up
     exp = settings_of(cell("ancestor"), Path("x"), 1.0)
-    assert evaluations_per_query(exp) == 4 * 25 + 2 * 4 * 24  # lambda_0 = 0: no gradient at the first step
+    assert evaluations_per_query(exp) == 4 * 12 + 2 * 4 * 11  # at every step but the first, where lambda is 0
 
 
 @pytest.mark.parametrize("reward", list(REWARDS))

@@ -98,6 +98,26 @@ def test_queries_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> Non
         assert by_rank == [[True, results[1][0][1]]] * size, "every rank knows how it ended"
 
 
+def whole_run_of_comparisons(team: Team, folder: Path) -> Any:
+    settings = SETTINGS | {"model": {"name": "pairwise"}, "answer_noise": 0.0}
+    with Optimizer.create(folder / "run", settings, engine=FakeEngine(team)) as opt:
+        result = loop.run(opt, reward() if team.is_main else None)
+        return [result.complete, [r["comparisons"] for r in result.rounds]]
+
+
+def test_comparisons_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+    results = {size: processes(size, whole_run_of_comparisons, tmp_path / str(size)) for size in (1, 3)}
+    frames = []
+    for size in (1, 3):
+        with Optimizer.open(tmp_path / str(size) / "run", read_only=True) as opt:
+            frames.append(opt.comparisons().drop(columns="created_at").to_numpy().tolist())
+    assert read(tmp_path / "1") == read(tmp_path / "3")
+    assert frames[0] == frames[1]
+    assert len(frames[0]) > 13
+    assert results[3] == 3 * results[1]
+    assert results[1][0][0]
+
+
 def test_every_rank_is_given_the_same_queries(tmp_path: Path) -> None:
     first, *others = processes(3, asks, tmp_path)
     assert len(first) == 9

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,17 +12,21 @@ from tiltopt.online.commandline import parse
 from tiltopt.online.settings import Settings
 
 CONFIG = Path(__file__).resolve().parents[2] / "config"
-ALPHA_PER_SD = 0.01
-"""Price of leaving the prior, in standard deviations of the reward over plain samples: .005 kB per nat for
-JPEG sizes, of which 24 plain samples had a deviation of .50 kB."""
+ALPHA_PER_SD = 0.002
+"""Price of leaving the prior, in standard deviations of the reward over plain samples: .001 kB per nat for
+JPEG sizes, of which 24 plain samples had a deviation of .50 kB; the demo's."""
+
+ALPHA_OF_LOG_EI = 0.01
+"""Log expected improvement is in nats, so its price has no unit."""
 
 FIXED: dict[str, object] = {
     "prompts": "simple_animals",
-    "prior.num_steps": 25,
+    "prior.num_steps": 12,
     "sampler.num_particles": 4,
-    "sampler.gradient_every": 1,
-    "sampler.potential_every": 1,
+    "sampler.gradient_every": 4,
+    "sampler.potential_every": 4,
     "sampler.max_shift": 1.0,
+    "sampler.kappa": 80.0,
     "micro_batch": 16,
 }
 """The same for every method, and written here, so that a change of the demo is no change of the benchmark."""
@@ -87,10 +90,14 @@ def settings_of(cell: Cell, run_dir: Path, alpha: float, overrides: Sequence[str
     changes |= dict(change.split("=", 1) for change in (*REWARDS.get(cell.reward, ()), *overrides))
     if cell.method == "ancestor":
         del changes["sampler.max_shift"]  # its drift is unbounded
+        changes |= {"sampler.gradient_every": 1, "sampler.potential_every": 1}  # it looks at every step
+        changes |= {
+            "sampler.gamma": 2.0 ** (1.0 / (0.88 * int(str(changes["prior.num_steps"])))) - 1.0
+        }  # config/ancestor.py
         changes |= {"model.first": cell.budget.initial, "model.step": cell.budget.batch}
     if cell.method == "gp_log_ei":
         # log EI is in nats, so alpha has no unit; and its value cannot be compared with an answer, as adapting does
-        changes |= {"sampler.alpha": ALPHA_PER_SD, "acquisition.adapt": False}
+        changes |= {"sampler.alpha": ALPHA_OF_LOG_EI, "acquisition.adapt": False}
     settings = _parse(method.config or "ucb.py", changes)
     if cell.method == "surrogate_best_of_n":
         particles = equal_particles(settings)
@@ -101,9 +108,7 @@ def settings_of(cell: Cell, run_dir: Path, alpha: float, overrides: Sequence[str
 
 def _parse(file: str, changes: Mapping[str, object]) -> Settings:
     flags = [f"--config.{key}={value}" for key, value in changes.items()]
-    settings = Settings.from_config(parse(["--config", f"{CONFIG / file}:demo", *flags]))
-    options = {k: v for k, v in settings.sampler.options.items() if k != "kappa"}  # fitted, whatever the demo does
-    return dataclasses.replace(settings, sampler=dataclasses.replace(settings.sampler, options=options))
+    return Settings.from_config(parse(["--config", f"{CONFIG / file}:demo", *flags]))
 
 
 def evaluations_per_query(settings: Settings) -> int:

@@ -77,19 +77,23 @@ def compare(settings: Settings, plain: int, tilted: int, repeats: int) -> dict[s
     plan = Plan(settings.sampler.alpha, settings.acquisition.beta)
     asks = {"plain": asks_of(settings, 1, 1, plain), "tilted": asks_of(settings, 1, plain + 1, tilted)}
 
-    def work(engine: DiffusionEngine, kind: str) -> list[Drawn]:
-        return engine.draw_plain(asks[kind]) if kind == "plain" else engine.draw(model, data, asks[kind], plan)
+    def work(engine: DiffusionEngine, kind: str, asked: list[Ask]) -> list[Drawn]:
+        return engine.draw_plain(asked) if kind == "plain" else engine.draw(model, data, asked, plan)
 
     seconds: dict[str, dict[int, list[float]]] = {kind: {1: [], 2: []} for kind in asks}
     for kind in asks:
-        for turn in range(repeats + 1):
-            one, by_one = timed(team, lambda k=kind: work(alone, k) if alone is not None else [])  # type: ignore[misc]
-            two, by_two = timed(team, lambda k=kind: work(together, k))  # type: ignore[misc]
+        warm_up = asks[kind][:2]
+        work(together, kind, warm_up)
+        if alone is not None:
+            work(alone, kind, warm_up)
+        for _ in range(repeats):
+            one, by_one = timed(team, lambda k=kind: work(alone, k, asks[k]) if alone is not None else [])  # type: ignore[misc]
+            two, by_two = timed(team, lambda k=kind: work(together, k, asks[k]))  # type: ignore[misc]
             if team.is_main and [d.image.tobytes() for d in one] != [d.image.tobytes() for d in two]:
                 raise RuntimeError(f"expected the same {kind} images from one and from two processes")
-            if turn > 0:  # the first turn warms up
-                seconds[kind][1].append(by_one)
-                seconds[kind][2].append(by_two)
+            seconds[kind][1].append(by_one)
+            seconds[kind][2].append(by_two)
+    team.leave()
     return result(settings, asks, seconds)
 
 
