@@ -17,7 +17,6 @@ import importlib.util
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from torch import Generator, Tensor
 
 from tiltopt.online.judge import Judge
 from tiltopt.online.prompts import load_prompts
+from tiltopt.online.summary import own_peak_memory_mb
 from tiltopt.rewards.images import jpeg_kilobytes
 from tiltopt.samplers import DAS, BestOfN, Calibration, FKSteering, PriorOnly, Sampler, Samples
 from tiltopt.samplers.diffusers_prior import DiffusersPrior, load_prior
@@ -352,11 +352,11 @@ def memory(particles: int = 4) -> dict[str, Any]:
 def one_peak(rows: int, micro_batch: int, particles: int) -> None:
     """Prints the peak memory (MiB) that two guided steps on `rows` rows add to the loaded models."""
     prior, potential = load_prior("embedded", num_steps=2, guidance_scale=4.0), linear_potential()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = own_peak_memory_mb()
     cond = prior.encode([PROMPTS[i % 4] for i in range(rows // particles)])
     sampler = DAS(tempering="none", micro_batch=micro_batch, **LOOKS["full gradient"])
     sampler.sample(prior, potential, cond, num_particles=particles, generators=generators(len(cond)))
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(own_peak_memory_mb() - before)
 
 
 def main() -> None:

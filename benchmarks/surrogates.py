@@ -14,7 +14,6 @@ import json
 import math
 import os
 import platform
-import resource
 import time
 import warnings
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from gpytorch.mlls import ExactMarginalLogLikelihood
 from sklearn.linear_model import BayesianRidge
 from torch import Tensor
 
+from tiltopt.online.summary import own_peak_memory_mb
 from tiltopt.surrogates import fit
 from tiltopt.surrogates.auto import predictive
 
@@ -98,7 +98,7 @@ def speed(quick: bool) -> dict[str, Any]:
         _, wall, cpu = timed(lambda n=name: fit(n, X, Y, generator=generator(0)))
         out[label] = {"answers": huge, "wall_s": wall, "cpu_s": cpu}
         print(f"fit {label:14s} n={huge:6d} d={d}: {wall:6.2f} s wall, {cpu:6.2f} s cpu", flush=True)
-    out["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    out["peak_memory_gb"] = own_peak_memory_mb() / 1024
     return out
 
 

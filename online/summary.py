@@ -205,6 +205,20 @@ def peak_memory_mb() -> float:
     return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / scale
 
 
+def own_peak_memory_mb() -> float:
+    """Largest resident set of this process since it began its program; MiB.
+
+    On Linux `getrusage` begins with what the parent held when it started the process, so a small child of a large
+    parent would show the parent's size; the kernel's own high-water mark does not.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return float(line.split()[1]) / 1024.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024.0 if sys.platform != "darwin" else 1024.0**2)
+
+
 def software_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
     """Python and the installed ones of `packages`, without importing them."""
     found = {"python": platform.python_version()}

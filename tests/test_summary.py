@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -156,6 +158,15 @@ def test_peak_memory_grows_with_what_was_touched():
     block = np.ones(int(before + 64) * 2**20 // 8)  # more than ever was resident
     assert s.peak_memory_mb() >= before + 32
     assert block.sum() > 0
+
+
+def test_the_own_peak_of_a_small_child_is_not_its_parents() -> None:
+    held = np.ones(200 * 2**17)  # 200 MiB
+    child = "from tiltopt.online.summary import own_peak_memory_mb as own; print(own())"
+    done = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=True)
+    assert s.own_peak_memory_mb() > 200
+    assert float(done.stdout) < s.own_peak_memory_mb() - 100
+    assert held.sum() == len(held)
 
 
 def test_versions_name_python_and_leave_out_what_is_not_installed():

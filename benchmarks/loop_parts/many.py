@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 from benchmarks.loop_parts.stopwatch import Stopwatch, now_both
 from benchmarks.loop_parts.toy import SIDE, ToyEngine, answer, fill, made_features, write_images
 from tiltopt.online.optimizer import Optimizer
+from tiltopt.online.summary import own_peak_memory_mb
 
 ASKED = 16
 """Queries per `ask`."""
@@ -118,7 +118,7 @@ def memory(folder: Path, few: int, many: int, width: int) -> dict[str, Any]:
 def main() -> None:
     """`FOLDER WIDTH`: prints the peak resident memory (KiB) of a round of a run."""
     rounds(Path(sys.argv[1]), int(sys.argv[2]), 1)
-    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+    print(json.dumps(1024 * own_peak_memory_mb()))
 
 
 if __name__ == "__main__":
