@@ -242,7 +242,7 @@ class GPModel(SingleTaskGP):
 
     def tensors(self) -> dict[str, Tensor]:
         """Answers, input map and hyper-parameters: what `restore` needs."""
-        out = {f"data.{k}": v for k, v in vars(self.data).items() if v is not None}
+        out = {f"data.{k}": v for k, v in vars(self.data).items() if isinstance(v, Tensor)}  # the moments follow from X
         out |= {f"project.{k}": v for k, v in self.input_transform.state_dict().items()}
         for part in ("covar_module", "mean_module", "likelihood"):
             if part != "likelihood" or not self.fixed:
