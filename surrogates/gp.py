@@ -68,6 +68,11 @@ class Project(InputTransform, nn.Module):
         z = (X - shift) / scale
         return cls(shift, scale, torch.linalg.eigh(z.T @ z)[1][:, -max_dim:])
 
+    @property
+    def dim(self) -> int:
+        """k, the directions that are kept."""
+        return len(self.shift) if self.axes is None else self.axes.shape[1]
+
     def transform(self, X: Tensor) -> Tensor:
         """(..., d) -> (..., k)."""
         z = (X - self.shift) / self.scale
@@ -94,7 +99,7 @@ class GPModel(SingleTaskGP):
     covar_module: Any
     mean_module: Any
 
-    def __init__(self, data: Data, project: Project) -> None:
+    def __init__(self, data: Data, project: Project, ard: bool = False) -> None:
         self.data = data  # plain, not a buffer: BoTorch must neither transform nor cast it
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # BoTorch wants unit-cube inputs; ours are standardised and projected
@@ -103,7 +108,7 @@ class GPModel(SingleTaskGP):
                 data.y[:, None],
                 train_Yvar=None if data.sem is None else _floored(data)[:, None],
                 likelihood=noise_model() if data.sem is None else None,
-                covar_module=covariance(),
+                covar_module=covariance(project.dim if ard else None),
                 outcome_transform=Standardize(1),
                 input_transform=project,
             )
@@ -117,6 +122,7 @@ class GPModel(SingleTaskGP):
         max_dim: int | None = None,
         fit_size: int = 1024,
         max_iterations: int = 100,
+        ard_dims: int = 32,
     ) -> GPModel:
         """Hyper-parameters by marginal likelihood on at most `fit_size` random answers, then all answers as data.
 
@@ -125,6 +131,8 @@ class GPModel(SingleTaskGP):
             max_dim: principal axes kept; None keeps every direction.
             fit_size: answers used to find the hyper-parameters; each iteration costs O(fit_size^3).
             max_iterations: of L-BFGS-B.
+            ard_dims: with no more features than these (or axes kept), each gets a length-scale of its own
+                (automatic relevance determination); with more, all share one.
 
         Raises:
             SurrogateError: beyond 8192 answers; `SparseGPModel` or `linear` go further.
@@ -137,13 +145,14 @@ class GPModel(SingleTaskGP):
         part = data
         if len(data) > fit_size:
             part = data.select(torch.randperm(len(data), generator=generator)[:fit_size].to(data.y.device))
-        model = cls(part, project).to(data.X)
+        ard = project.dim <= ard_dims
+        model = cls(part, project, ard).to(data.X)
         mll = ExactMarginalLogLikelihood(model.likelihood, model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a stopped line search still leaves the best point found
             fit_gpytorch_mll_scipy(mll, options={"maxiter": max_iterations})
         if part is not data:
-            full = cls(data, project).to(data.X)
+            full = cls(data, project, ard).to(data.X)
             _copy_hyperparameters(model, full)
             model = full
         return model.requires_grad_(False).eval()
@@ -256,7 +265,8 @@ class GPModel(SingleTaskGP):
         def group(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-        model = cls(Data(**group("data.")), Project(**group("project.")))
+        ard = tensors["covar_module.kernels.1.base_kernel.raw_lengthscale"].shape[-1] > 1
+        model = cls(Data(**group("data.")), Project(**group("project.")), ard)
         for part in ("covar_module", "mean_module", "likelihood"):
             if group(f"{part}."):
                 getattr(model, part).load_state_dict(group(f"{part}."))
@@ -306,13 +316,11 @@ def draw_prior(
     return lambda z: torch.cos(z @ frequency.T + phase) @ amplitude + z @ slope
 
 
-def covariance() -> Kernel:
-    """Linear plus Matern-5/2, with weak priors at the scale of `Project`."""
+def covariance(ard: int | None = None) -> Kernel:
+    """Linear plus Matern-5/2, with weak priors at the scale of `Project`; `ard` length-scales, one for all if None."""
     linear = LinearKernel(variance_prior=GammaPrior(1.5, 1.0))
-    matern = ScaleKernel(
-        MaternKernel(nu=2.5, lengthscale_prior=LogNormalPrior(0.5, 1.0)), outputscale_prior=GammaPrior(1.5, 1.0)
-    )
-    return AdditiveKernel(linear, matern)
+    base = MaternKernel(nu=2.5, ard_num_dims=ard, lengthscale_prior=LogNormalPrior(0.5, 1.0))
+    return AdditiveKernel(linear, ScaleKernel(base, outputscale_prior=GammaPrior(1.5, 1.0)))
 
 
 def noise_model() -> GaussianLikelihood:

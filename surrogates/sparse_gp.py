@@ -156,7 +156,8 @@ class SparseGPModel(Model):
         def group(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-        kernel = covariance().to(torch.float64)
+        lengths = tensors["kernel.kernels.1.base_kernel.raw_lengthscale"].shape[-1]
+        kernel = covariance(lengths if lengths > 1 else None).to(torch.float64)
         kernel.load_state_dict(group("kernel."))
         own = {k: v for k, v in tensors.items() if not k.startswith(("kernel.", "project."))}
         return cls(Project(**group("project.")), kernel, own)

@@ -159,19 +159,21 @@ def test_one_member_is_ridge_regression_around_its_prior_draw() -> None:
     assert ((weights.mean(dim=0) - post.mean).abs() < 4.5 * se).all()
 
 
-@pytest.mark.parametrize("sem", [None, 0.2])
-def test_gp_equals_a_direct_cholesky_solution(sem: float | None) -> None:
+@pytest.mark.parametrize(("sem", "ard_dims"), [(None, 32), (0.2, 32), (0.2, 0)])
+def test_gp_equals_a_direct_cholesky_solution(sem: float | None, ard_dims: int) -> None:
     X, Y = curved_data(70, 4, 0.2, seed=3)
-    model = fit("gp", X[:50], Y[:50], sem=sem)
+    model = fit("gp", X[:50], Y[:50], sem=sem, ard_dims=ard_dims)
     assert isinstance(model, GPModel)
     y = (Y[:50, 0] - Y[:50, 0].mean()) / Y[:50, 0].std()
     v = model.likelihood.noise.reshape(-1).expand(50) if sem is None else (sem / Y[:50, 0].std()) ** 2 * torch.ones(50)
     scale = X[:50].std(dim=0) * math.sqrt(4)
     z, t = ((x - X[:50].mean(dim=0)) / scale for x in (X[:50], X[50:]))
     linear, matern = model.covar_module.kernels
+    lengths = matern.base_kernel.lengthscale
+    assert lengths.numel() == (4 if ard_dims else 1)
 
     def k(a: Tensor, b: Tensor) -> Tensor:
-        r = math.sqrt(5) * torch.cdist(a, b) / matern.base_kernel.lengthscale
+        r = math.sqrt(5) * torch.cdist(a / lengths, b / lengths)
         return linear.variance.squeeze() * a @ b.T + matern.outputscale * (1 + r + r.square() / 3) * torch.exp(-r)
 
     with torch.no_grad():
