@@ -266,7 +266,9 @@ class GPModel(SingleTaskGP):
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
         ard = tensors["covar_module.kernels.1.base_kernel.raw_lengthscale"].shape[-1] > 1
-        model = cls(Data(**group("data.")), Project(**group("project.")), ard)
+        known = group("data.")
+        data = Data(known["X"], known["y"], known.get("sem"), known.get("relevance"))
+        model = cls(data, Project(**group("project.")), ard)
         for part in ("covar_module", "mean_module", "likelihood"):
             if group(f"{part}."):
                 getattr(model, part).load_state_dict(group(f"{part}."))
