@@ -25,6 +25,8 @@ USAGE = "usage: --config FILE.py[:PRESET] [--config.KEY=VALUE ...], for example 
 def parse(argv: Sequence[str]) -> ConfigDict:
     """The configuration that a command line names, with its overrides applied, locked.
 
+    `--config.KEY=None` takes back the number that a preset gives.
+
     Args:
         argv: arguments without the program's name.
 
@@ -43,8 +45,12 @@ def parse(argv: Sequence[str]) -> ConfigDict:
         (options if is_option else known).append((key, text))
     for key, _ in known:
         _check_key(config, key)
-    config = _flagged(source, [f"--config.{key}={text}" for key, text in known])
+    emptied = [key for key, text in known if text == "None"]
+    config = _flagged(source, [f"--config.{key}={text}" for key, text in known if text != "None"])
     with config.unlocked():
+        for key in emptied:  # flags cannot take a number back; whether nothing is allowed, the settings say
+            section, _, last = key.rpartition(".")
+            (config[section] if section else config)[last] = None
         for key, text in options:
             section, _, option = key.partition(".")
             config[section][option] = _literal(text)
