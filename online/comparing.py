@@ -95,8 +95,8 @@ class Comparing:
         """
         if self.settings.pairwise:
             raise StoreError(
-                "this run learns from comparisons (model.name = 'pairwise'), not from values; use compare(winner, "
-                "loser) and undo_comparison(id). Nothing was stored."
+                "this run learns from comparisons (model.name = 'pairwise'), not from values; use pairs(), "
+                "compare(winner, loser) and undo_comparison(id). Nothing was stored."
             )
 
     def takes_comparisons(self) -> None:

@@ -242,7 +242,11 @@ class Optimizer(Comparing):
         """Take up to `n` outstanding queries for `worker`; no other worker is handed them meanwhile.
 
         Those of a worker without a sign of life (`claim`, `heartbeat`) for `patience_s` seconds are handed out again.
+
+        Raises:
+            StoreError: in a run of comparisons, whose work is handed out by `pairs`.
         """
+        self.takes_values()
         return [self._query(row) for row in self.store.claim(worker, batch_size(n), patience_s)]
 
     def heartbeat(self, worker: str) -> int:

@@ -90,8 +90,8 @@ def test_undo_through_the_optimizer(opt: Optimizer) -> None:
 
 def test_values_and_comparisons_do_not_mix(opt: Optimizer, tmp_path: Path) -> None:
     opt.ask(8)
-    for action in (lambda: opt.tell(1, 0.5), lambda: opt.undo(1)):
-        with pytest.raises(StoreError, match=r"learns from comparisons.*use compare"):
+    for action in (lambda: opt.tell(1, 0.5), lambda: opt.undo(1), lambda: opt.claim("ann", 2)):
+        with pytest.raises(StoreError, match=r"learns from comparisons.*use pairs"):
             action()
     for pair in ((True, 1), ("1", 2), (None, 1)):
         with pytest.raises(StoreError, match="unknown query"):
