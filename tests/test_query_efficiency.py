@@ -18,7 +18,7 @@ from benchmarks.efficiency.measure import Measures, spread, weights_id
 from benchmarks.efficiency.methods import METHODS, REWARDS, equal_particles, evaluations_per_query, settings_of
 from benchmarks.efficiency.noise import CMAES, TurboNoise, denoise, typical
 from benchmarks.efficiency.plain import CachedPlain, plain_asks
-from benchmarks.efficiency.run import Workshop, price, run_cell
+from benchmarks.efficiency.run import Round, Workshop, best_batch, price, run_cell
 from benchmarks.efficiency.table import aggregate, interval, text
 from benchmarks.efficiency.turbo import LENGTH, SHORTEST, Region, Turbo
 from tests.tiny import tiny_clip, tiny_pipeline
@@ -224,6 +224,18 @@ def test_the_goal_is_the_best_baselines_last_round() -> None:
     assert aggregate(rows)[0]["goal"]["queries"] is None
     assert "has not reached" in text(aggregate(rows))
     assert aggregate(rows[:2])[0]["goal"] is None
+    rounds = [{"queries": 4, "mean": 99.0, "best": 99.0, "fidelity": 0.39, "diversity": 0.1}]  # of the prior's .5
+    cheat = aggregate([*rows, made("ancestor", 0, [0.0], rounds=rounds)])[0]["goal"]
+    assert (cheat["set_aside"], cheat["value"]) == (["ancestor"], 2.0)
+
+
+def test_the_best_batch_is_what_one_would_keep() -> None:
+    def round_of(*values: float) -> Round:
+        return Round(0, [], [], list(values), 0.0)
+
+    rounds = [round_of(1.0, 5.0), round_of(4.0, 2.0)]
+    assert best_batch(Cell("colorfulness", "greedy", 0, Budget(2, 2, 1), "x"), rounds) == 4.5
+    assert best_batch(Cell("colorfulness", "best_of_n", 0, Budget(2, 2, 1), "x"), rounds) == 3.0  # its last round is it
 
 
 def test_table_json_and_picture_hold_the_runs_on_these_weights(parts: Path, tmp_path: Path, capsys) -> None:

@@ -93,6 +93,7 @@ def line(
         "budget": str(cell.budget),
         "prior": cell.prior,
         "rounds": table,
+        "best_batch": best_batch(cell, rounds),
         "evaluations": evaluations_of(cell, settings),
         "seconds": round(seconds, 2),
         "alpha": None if alpha is None else settings.sampler.alpha,
@@ -100,6 +101,12 @@ def line(
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__},
     }
+
+
+def best_batch(cell: Cell, rounds: Sequence[Round]) -> float:
+    """Mean of the `batch` best of all answers, whichever round they came from: what one would keep in the end."""
+    values = rounds[-1].values if cell.method == "best_of_n" else [v for r in rounds for v in r.values]
+    return statistics.fmean(sorted(values, reverse=True)[: cell.budget.batch])
 
 
 def scored(black_box: BlackBox, images: list[Image.Image], prompts: list[str]) -> list[float]:

@@ -37,11 +37,16 @@ def _block(reward: str, budget: Budget, rows: Sequence[Row]) -> dict[str, Any]:
     rows = [r for r in rows if (r["reward"], r["budget"]) == (reward, str(budget))]
     present = [name for name in METHODS if any(r["method"] == name for r in rows)]
     methods = {name: _method([r for r in rows if r["method"] == name]) for name in present}
+    _relate(methods)
+    return {"reward": reward, "budget": str(budget), "methods": methods, "goal": goal(_common(methods, rows), budget)}
+
+
+def _relate(methods: dict[str, Any]) -> None:
+    """Adds each method's fidelity as a share of that of plain samples; None where either is missing."""
     plain = methods.get("prior", {}).get("fidelity", {}).get("mean")
     for summary in methods.values():
         mean = summary["fidelity"]["mean"]
         summary["fidelity_of_prior"] = None if not plain or mean is None else mean / plain
-    return {"reward": reward, "budget": str(budget), "methods": methods, "goal": goal(_common(methods, rows), budget)}
 
 
 def _common(methods: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
@@ -50,7 +55,9 @@ def _common(methods: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
     seeds = set.intersection(*[set(m["seeds"]) for m in methods.values()]) if methods else set()
     if not seeds:
         return {}
-    return {name: _method([r for r in rows if r["method"] == name and r["seed"] in seeds]) for name in methods}
+    common = {name: _method([r for r in rows if r["method"] == name and r["seed"] in seeds]) for name in methods}
+    _relate(common)
+    return common
 
 
 def _method(rows: Sequence[Row]) -> dict[str, Any]:
@@ -65,6 +72,7 @@ def _method(rows: Sequence[Row]) -> dict[str, Any]:
         "rounds": rounds,
         "last": rounds[-1]["mean"],
         "best": interval(r["best"] for r in last),
+        "best_batch": interval(row.get("best_batch") for row in rows),
         "fidelity": interval(r["fidelity"] for r in last),
         "diversity": interval(r["diversity"] for r in last),
         "evaluations": interval(row["evaluations"] for row in rows),
@@ -72,22 +80,30 @@ def _method(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
+FAITHFUL = 0.8
+"""Share of the prior's fidelity that a method must keep; a baseline that does not sets no goal."""
+
+
 def goal(methods: Mapping[str, Any], budget: Budget) -> dict[str, Any] | None:
-    """After how many queries our default reached what the best baseline has in its last round.
+    """After how many queries our default reached what the best faithful baseline has in its last round.
 
     Returns:
-        `baseline`, `value` (its mean over seeds), `queries` (of our default, at the end of the first round whose mean
-        over seeds is as high; None if no round is), and `tilted_queries` (those of them after round 0, which is the
-        same plain samples for every method and teaches only); None unless our default and a baseline have run.
-        The caller restricts `methods` to common seeds.
+        `set_aside` (baselines that paid for their reward with fidelity, which set no goal), `baseline`, `value` (its
+        mean over seeds), `queries` (of our default, at the end of the first round whose mean over seeds is as high;
+        None if no round is), and `tilted_queries` (those of them after round 0, which is the same plain samples for
+        every method and teaches only); None unless our default and a baseline have run. The caller restricts
+        `methods` to common seeds.
     """
-    baselines = {n: m["last"]["mean"] for n, m in methods.items() if METHODS[n].kind == "baseline"}
+    ratios = {n: m.get("fidelity_of_prior") for n, m in methods.items() if METHODS[n].kind == "baseline"}
+    set_aside = [n for n, ratio in ratios.items() if ratio is not None and ratio < FAITHFUL]
+    baselines = {n: methods[n]["last"]["mean"] for n in ratios if n not in set_aside}
     if DEFAULT not in methods or not baselines:
         return None
     name = max(baselines, key=baselines.__getitem__)
     reached = [r["queries"] for r in methods[DEFAULT]["rounds"] if r["mean"]["mean"] >= baselines[name]]
     queries = reached[0] if reached else None
     return {
+        "set_aside": set_aside,
         "baseline": name,
         "value": baselines[name],
         "queries": queries,
@@ -103,7 +119,7 @@ def text(blocks: Sequence[Mapping[str, Any]]) -> str:
     for block in blocks:
         cells = []
         for name, m in block["methods"].items():
-            numbers = [m[key] for key in ("last", "best", "fidelity", "diversity")]
+            numbers = [m[key] for key in ("last", "best_batch", "best", "fidelity", "diversity")]
             ratio = m["fidelity_of_prior"]
             cells.append(
                 [METHODS[name].label, *map(shown, numbers), "" if ratio is None else f"{ratio:.2f}",
@@ -112,6 +128,7 @@ def text(blocks: Sequence[Mapping[str, Any]]) -> str:
         head = [
             "method",
             "last round",
+            "best batch",
             "best",
             "fidelity",
             "diversity",
@@ -136,7 +153,8 @@ def sentence(block: Mapping[str, Any]) -> str:
     goal = block["goal"]
     if goal is None:
         return "no comparison yet: our default and at least one baseline must have run on a common seed."
-    best = f"the best baseline, {METHODS[goal['baseline']].label}, ends at {goal['value']:.4g}"
+    label = METHODS[goal["baseline"]].label
+    best = f"the best baseline that keeps {FAITHFUL} of the prior's fidelity, {label}, ends at {goal['value']:.4g}"
     if goal["queries"] is None:
         return f"{best}; our default has not reached that in {goal['of']} queries."
     return (
