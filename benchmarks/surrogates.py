@@ -158,7 +158,7 @@ def synthetic_cases(quick: bool) -> dict[str, list[tuple[Tensor, Tensor, Tensor,
 
 
 def real_cases(quick: bool) -> dict[str, list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
-    """JPEG kB and colourfulness of pictures of the embedded world, from the CLIP patch mean."""
+    """JPEG kB and colourfulness of plain samples of the embedded prior, from the CLIP patch mean."""
     if not REAL.is_file():
         return {}
     with np.load(REAL) as data:
@@ -171,7 +171,7 @@ def real_cases(quick: bool) -> dict[str, list[tuple[Tensor, Tensor, Tensor, Tens
                 order = torch.randperm(len(X), generator=generator(seed))
                 a, b = order[:n], order[n:]
                 splits.append((X[a], arrays[reward][a, None], X[b], arrays[reward][b, None]))
-            cases[f"{reward} of pictures, {n} answers"] = splits
+            cases[f"{reward} of prior samples, {n} answers"] = splits
     return cases
 
 

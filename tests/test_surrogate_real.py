@@ -1,4 +1,4 @@
-"""Surrogates on real answers: JPEG size and colourfulness of pictures of the embedded world (see benchmarks)."""
+"""Surrogates on real answers: JPEG size and colourfulness of plain samples of the embedded prior (see benchmarks)."""
 
 from __future__ import annotations
 
