@@ -25,8 +25,7 @@ def get_config(name: str = "demo") -> ConfigDict:
         config.acquisition.beta = 1.0  # the surrogate's deviation is the bonus itself
     config.acquisition.adapt = False
     config.sampler.tempering = "exp"
-    # 1 after 88 % of the steps: the published .008 at 100 steps
-    config.sampler.gamma = 2.0 ** (1.0 / (0.88 * config.prior.num_steps)) - 1.0
+    config.sampler.gamma = config_dict.placeholder(float)  # None: the published .008 at 100 steps, scaled to others
     config.sampler.resampling = "ssp"
     config.sampler.select = "argmax"
     config.sampler.max_shift = config_dict.placeholder(float)  # None: no bound

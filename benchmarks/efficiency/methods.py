@@ -92,9 +92,6 @@ def settings_of(cell: Cell, run_dir: Path, alpha: float, overrides: Sequence[str
     if cell.method == "ancestor":
         del changes["sampler.max_shift"]  # its drift is unbounded
         changes |= {"sampler.gradient_every": 1, "sampler.potential_every": 1}  # it looks at every step
-        changes |= {
-            "sampler.gamma": 2.0 ** (1.0 / (0.88 * int(str(changes["prior.num_steps"])))) - 1.0
-        }  # config/ancestor.py
         changes |= {"model.first": cell.budget.initial, "model.step": cell.budget.batch}
     if cell.method == "gp_log_ei":
         # log EI is in nats, so alpha has no unit; and its value cannot be compared with an answer, as adapting does

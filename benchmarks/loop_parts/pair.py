@@ -3,8 +3,7 @@
 torchrun --nproc_per_node 2 -m benchmarks.loop_parts.pair CONFIG FOLDER PLAIN TILTED REPEATS
 
 Rank 0 samples alone while rank 1 waits, then both sample together, in turns; every process has one thread. Rank 0
-prints
-one line of JSON.
+prints one line of JSON.
 """
 
 from __future__ import annotations
