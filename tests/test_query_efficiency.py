@@ -18,7 +18,7 @@ from benchmarks.efficiency.measure import Measures, spread, weights_id
 from benchmarks.efficiency.methods import METHODS, REWARDS, equal_particles, evaluations_per_query, settings_of
 from benchmarks.efficiency.noise import CMAES, TurboNoise, denoise, typical
 from benchmarks.efficiency.plain import CachedPlain, plain_asks
-from benchmarks.efficiency.run import Round, Workshop, best_batch, price, run_cell
+from benchmarks.efficiency.run import Round, Workshop, kept, price, run_cell
 from benchmarks.efficiency.table import aggregate, interval, text
 from benchmarks.efficiency.turbo import LENGTH, SHORTEST, Region, Turbo
 from tests.tiny import tiny_clip, tiny_pipeline
@@ -92,8 +92,8 @@ def test_every_method_runs_to_the_end_at_the_cost_it_is_said_to_have(
 def test_best_of_n_spends_what_das_spends(shop: Workshop) -> None:
     ours = settings_of(cell("linear_ucb"), Path("x"), 1.0)
     rival = settings_of(cell("surrogate_best_of_n"), Path("x"), 1.0)
-    assert (ours.sampler.num_particles, rival.sampler.num_particles) == (4, 6)
-    assert evaluations_per_query(ours) == evaluations_per_query(rival) == 72  # 4 x 12 forward, 4 x 3 x 2 backward
+    assert (ours.sampler.num_particles, rival.sampler.num_particles) == (2, 4)
+    assert evaluations_per_query(ours) == evaluations_per_query(rival) == 48  # 2 x 12 forward, 2 x 6 x 2 backward
     assert rival.sampler.options["select"] == "argmax"
     assert rival.model == ours.model
 
@@ -102,8 +102,8 @@ def test_best_of_n_spends_what_das_spends(shop: Workshop) -> None:
             cell("linear_ucb"), Path("x"), 1.0, (f"prior.num_steps={steps}", f"sampler.gradient_every={every}")
         )
 
-    assert evaluations_per_query(changed(5, 2)) == 4 * 5 + 2 * 4 * 3  # gradients at steps 0, 2, 4
-    assert equal_particles(changed(5, 2)) == 9  # 44 / 5, rounded up
+    assert evaluations_per_query(changed(5, 2)) == 2 * 5 + 2 * 2 * 3  # gradients at steps 0, 2, 4
+    assert equal_particles(changed(5, 2)) == 5  # 22 / 5, rounded up
     exp = settings_of(cell("ancestor"), Path("x"), 1.0)
     assert evaluations_per_query(exp) == 4 * 12 + 2 * 4 * 11  # at every step but the first, where lambda is 0
 
@@ -234,8 +234,23 @@ def test_the_best_batch_is_what_one_would_keep() -> None:
         return Round(0, [], [], list(values), 0.0)
 
     rounds = [round_of(1.0, 5.0), round_of(4.0, 2.0)]
-    assert best_batch(Cell("colorfulness", "greedy", 0, Budget(2, 2, 1), "x"), rounds) == 4.5
-    assert best_batch(Cell("colorfulness", "best_of_n", 0, Budget(2, 2, 1), "x"), rounds) == 3.0  # its last round is it
+    greedy, best_of_n = (Cell("colorfulness", name, 0, Budget(2, 2, 1), "x") for name in ("greedy", "best_of_n"))
+    assert [kept(greedy, rounds[:n]) for n in (1, 2)] == [3.0, 4.5]
+    assert kept(best_of_n, rounds) == 3.0  # its last round is it
+
+
+def test_what_is_kept_has_a_goal_of_its_own() -> None:
+    def with_kept(method: str, kept: list[float]) -> dict[str, Any]:
+        row = made(method, 0, [0.0] * len(kept))
+        return row | {"rounds": [r | {"kept": k} for r, k in zip(row["rounds"], kept, strict=True)]}
+
+    rows = [with_kept("best_of_n", [1.0, 2.0]), with_kept("linear_ucb", [1.0, 2.5]), made("turbo", 0, [9.0, -1.0])]
+    (block,) = aggregate(rows)  # a cell from before this was recorded counts for the first goal alone
+    assert (block["kept_goal"]["baseline"], block["kept_goal"]["value"], block["kept_goal"]["queries"]) == (
+        "best_of_n", 2.0, 4,
+    )  # fmt: skip
+    assert "best batch so far: the best baseline" in text([block])
+    assert aggregate([*rows[:1], with_kept("linear_ucb", [1.0, 1.9])])[0]["kept_goal"]["queries"] is None
 
 
 def test_table_json_and_picture_hold_the_runs_on_these_weights(parts: Path, tmp_path: Path, capsys) -> None:

@@ -81,10 +81,11 @@ def line(
             "queries": r.queries,
             "mean": statistics.fmean(r.values),
             "best": r.best,
+            "kept": kept(cell, rounds[: i + 1]),
             "fidelity": measures.fidelity(r.images, r.prompts),
             "diversity": measures.diversity(r.images),
         }
-        for r in rounds
+        for i, r in enumerate(rounds)
     ]
     return {
         "reward": cell.reward,
@@ -93,7 +94,6 @@ def line(
         "budget": str(cell.budget),
         "prior": cell.prior,
         "rounds": table,
-        "best_batch": best_batch(cell, rounds),
         "evaluations": evaluations_of(cell, settings),
         "seconds": round(seconds, 2),
         "alpha": None if alpha is None else settings.sampler.alpha,
@@ -103,8 +103,8 @@ def line(
     }
 
 
-def best_batch(cell: Cell, rounds: Sequence[Round]) -> float:
-    """Mean of the `batch` best of all answers, whichever round they came from: what one would keep in the end."""
+def kept(cell: Cell, rounds: Sequence[Round]) -> float:
+    """Mean of the `batch` best answers of these rounds, whichever one they came from: what one would keep."""
     values = rounds[-1].values if cell.method == "best_of_n" else [v for r in rounds for v in r.values]
     return statistics.fmean(sorted(values, reverse=True)[: cell.budget.batch])
 

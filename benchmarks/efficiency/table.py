@@ -38,7 +38,9 @@ def _block(reward: str, budget: Budget, rows: Sequence[Row]) -> dict[str, Any]:
     present = [name for name in METHODS if any(r["method"] == name for r in rows)]
     methods = {name: _method([r for r in rows if r["method"] == name]) for name in present}
     _relate(methods)
-    return {"reward": reward, "budget": str(budget), "methods": methods, "goal": goal(_common(methods, rows), budget)}
+    common = _common(methods, rows)
+    goals = {"goal": goal(common, budget), "kept_goal": goal(common, budget, "kept")}
+    return {"reward": reward, "budget": str(budget), "methods": methods, **goals}
 
 
 def _relate(methods: dict[str, Any]) -> None:
@@ -63,7 +65,7 @@ def _common(methods: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
 def _method(rows: Sequence[Row]) -> dict[str, Any]:
     """One method on one reward and budget, over its seeds."""
     rounds = [
-        {"queries": row["queries"]} | {"mean": interval(r["rounds"][i]["mean"] for r in rows)}
+        {"queries": row["queries"]} | {key: interval(r["rounds"][i].get(key) for r in rows) for key in ("mean", "kept")}
         for i, row in enumerate(rows[0]["rounds"])
     ]
     last = [row["rounds"][-1] for row in rows]
@@ -72,7 +74,7 @@ def _method(rows: Sequence[Row]) -> dict[str, Any]:
         "rounds": rounds,
         "last": rounds[-1]["mean"],
         "best": interval(r["best"] for r in last),
-        "best_batch": interval(row.get("best_batch") for row in rows),
+        "kept": rounds[-1]["kept"],
         "fidelity": interval(r["fidelity"] for r in last),
         "diversity": interval(r["diversity"] for r in last),
         "evaluations": interval(row["evaluations"] for row in rows),
@@ -84,28 +86,33 @@ FAITHFUL = 0.8
 """Share of the prior's fidelity that a method must keep; a baseline that does not sets no goal."""
 
 
-def goal(methods: Mapping[str, Any], budget: Budget) -> dict[str, Any] | None:
-    """After how many queries our default reached what the best faithful baseline has in its last round.
+def goal(methods: Mapping[str, Any], budget: Budget, what: str = "mean") -> dict[str, Any] | None:
+    """After how many queries our default reached what the best faithful baseline has at its end.
+
+    Args:
+        methods: summaries over common seeds.
+        what: `mean`, the mean answer of a round (for best-of-N that of its best batch so far); or `kept`, the mean of
+            the best batch so far, the same for every method.
 
     Returns:
         `set_aside` (baselines that paid for their reward with fidelity, which set no goal), `baseline`, `value` (its
         mean over seeds), `queries` (of our default, at the end of the first round whose mean over seeds is as high;
         None if no round is), and `tilted_queries` (those of them after round 0, which is the same plain samples for
-        every method and teaches only); None unless our default and a baseline have run. The caller restricts
-        `methods` to common seeds.
+        every method and teaches only); None unless our default and a baseline have run.
     """
     ratios = {n: m.get("fidelity_of_prior") for n, m in methods.items() if METHODS[n].kind == "baseline"}
     set_aside = [n for n, ratio in ratios.items() if ratio is not None and ratio < FAITHFUL]
-    baselines = {n: methods[n]["last"]["mean"] for n in ratios if n not in set_aside}
-    if DEFAULT not in methods or not baselines:
+    ends = {n: methods[n]["rounds"][-1][what]["mean"] for n in ratios if n not in set_aside}
+    ends = {n: value for n, value in ends.items() if value is not None}
+    if DEFAULT not in methods or not ends:
         return None
-    name = max(baselines, key=baselines.__getitem__)
-    reached = [r["queries"] for r in methods[DEFAULT]["rounds"] if r["mean"]["mean"] >= baselines[name]]
-    queries = reached[0] if reached else None
+    name = max(ends, key=ends.__getitem__)
+    ours = [(r["queries"], r[what]["mean"]) for r in methods[DEFAULT]["rounds"]]
+    queries = next((n for n, value in ours if value is not None and value >= ends[name]), None)
     return {
         "set_aside": set_aside,
         "baseline": name,
-        "value": baselines[name],
+        "value": ends[name],
         "queries": queries,
         "tilted_queries": None if queries is None else queries - budget.initial,
         "of": budget.total,
@@ -119,7 +126,7 @@ def text(blocks: Sequence[Mapping[str, Any]]) -> str:
     for block in blocks:
         cells = []
         for name, m in block["methods"].items():
-            numbers = [m[key] for key in ("last", "best_batch", "best", "fidelity", "diversity")]
+            numbers = [m[key] for key in ("last", "kept", "best", "fidelity", "diversity")]
             ratio = m["fidelity_of_prior"]
             cells.append(
                 [METHODS[name].label, *map(shown, numbers), "" if ratio is None else f"{ratio:.2f}",
@@ -128,7 +135,7 @@ def text(blocks: Sequence[Mapping[str, Any]]) -> str:
         head = [
             "method",
             "last round",
-            "best batch",
+            "kept",
             "best",
             "fidelity",
             "diversity",
@@ -149,10 +156,17 @@ def shown(x: Mapping[str, Any]) -> str:
 
 
 def sentence(block: Mapping[str, Any]) -> str:
-    """The goal in words."""
-    goal = block["goal"]
-    if goal is None:
+    """Both goals in words."""
+    if block["goal"] is None:
         return "no comparison yet: our default and at least one baseline must have run on a common seed."
+    return "\n".join(
+        f"{name}: {_reached(block[key])}"
+        for key, name in (("goal", "mean of the round"), ("kept_goal", "best batch so far"))
+        if block[key] is not None
+    )
+
+
+def _reached(goal: Mapping[str, Any]) -> str:
     label = METHODS[goal["baseline"]].label
     best = f"the best baseline that keeps {FAITHFUL} of the prior's fidelity, {label}, ends at {goal['value']:.4g}"
     if goal["queries"] is None:
