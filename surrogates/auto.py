@@ -15,7 +15,6 @@ from tiltopt.surrogates.data import Data, check
 from tiltopt.surrogates.linear import LinearModel
 
 Fit = Callable[[str, Data, Generator, dict[str, Any]], Model]
-GP_LIMIT = 2048  # answers beyond which `auto` does not consider an exact GP
 REFIT_LIMIT = 256  # answers up to which every candidate is fitted anew for every fold
 MIN_COMPARE = 8  # answers below which nothing can be compared
 
@@ -66,7 +65,7 @@ def fit_auto(
     still by folds. Below 8 answers `linear` is taken. The choice is made anew at every fit and may change.
 
     Args:
-        candidates: names to choose from; a GP is left out beyond 2048 answers.
+        candidates: names to choose from.
         folds: of the cross-validation.
         options: per candidate.
 
@@ -75,9 +74,9 @@ def fit_auto(
         "standard_error", "how", "seconds"}}}, log density in nats per answer.
     """
     options = options or {}
-    names = [n for n in candidates if n != "gp" or len(data) <= GP_LIMIT]
+    names = list(candidates)
     if not names:
-        raise SurrogateError(f"no candidate is left of {tuple(candidates)} at {len(data)} answers.")
+        raise SurrogateError("`candidates` is empty; name at least one surrogate to choose from.")
     if len(data) < MIN_COMPARE:
         best = "linear" if "linear" in names else names[0]
         few: Any = fit(best, data, generator, options.get(best, {}))

@@ -1,89 +1,28 @@
-"""Gaussian process surrogates: exact to a few thousand answers, sparse variational beyond."""
+"""The exact Gaussian process, for up to a thousand answers or so; `sparse_gp` goes on from there."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from botorch.models import SingleTaskGP
-from botorch.models.transforms.input import InputTransform
 from botorch.models.transforms.outcome import Standardize
 from botorch.optim.fit import fit_gpytorch_mll_scipy
-from gpytorch.constraints import GreaterThan
 from gpytorch.distributions import MultivariateNormal
-from gpytorch.kernels import AdditiveKernel, Kernel, LinearKernel, MaternKernel, ScaleKernel
-from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, GaussianLikelihood
+from gpytorch.likelihoods import FixedNoiseGaussianLikelihood
 from gpytorch.mlls import ExactMarginalLogLikelihood
-from gpytorch.priors import GammaPrior, LogNormalPrior
 from linear_operator.operators import to_linear_operator
 from linear_operator.utils.cholesky import psd_safe_cholesky
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from tiltopt.errors import SurrogateError
 from tiltopt.surrogates.data import Data, device_only
+from tiltopt.surrogates.kernels import Project, covariance, cross_covariance, draw_prior, noise_model
 from tiltopt.surrogates.linear import GaussianPosterior, SampledFunction
 
 EXACT_LIMIT = 8192  # answers beyond which an exact GP does not fit a laptop
-
-
-class Project(InputTransform, nn.Module):
-    """x -> (x - shift) / scale, then, if there are axes, onto them: standardised features of mean square norm 1.
-
-    The mean squared distance of two points comes out as about 2 whatever d is, which fixes the scale of the
-    length-scale prior. Without axes no direction is lost, so that a point off the span of the answers stays uncertain.
-
-    Args:
-        shift, scale: (d,); axes: (d, k), orthonormal principal axes, or None to keep all directions.
-    """
-
-    shift: Tensor
-    scale: Tensor
-    axes: Tensor | None
-
-    def __init__(self, shift: Tensor, scale: Tensor, axes: Tensor | None = None) -> None:
-        super().__init__()
-        for name, value in (("shift", shift), ("scale", scale), ("axes", axes)):
-            self.register_buffer(name, None if value is None else value.detach().contiguous().clone())
-        self.transform_on_train, self.transform_on_eval, self.transform_on_fantasize = True, True, True
-        self.is_one_to_many = False
-
-    @classmethod
-    def learn(cls, X: Tensor, max_dim: int | None, relevance: Tensor | None = None) -> Project:
-        """From features (n, d), keeping at most `max_dim` principal axes (all directions if None or at least d).
-
-        Args:
-            relevance: (d,), factors on the standardised features, mean square 1; None: all alike.
-        """
-        shift, scale = X.mean(dim=0), X.std(dim=0)
-        varies = scale > 1e-9 * X.abs().amax(dim=0)
-        if not varies.any():
-            raise SurrogateError("no feature varies between the answers: a GP has nothing to learn from; check them.")
-        scale = torch.where(varies, scale, scale[varies].log().mean().exp()) * varies.sum().sqrt()
-        scale = scale if relevance is None else scale / relevance
-        if max_dim is None or max_dim >= X.shape[1]:
-            return cls(shift, scale)
-        z = (X - shift) / scale
-        return cls(shift, scale, torch.linalg.eigh(z.T @ z)[1][:, -max_dim:])
-
-    @property
-    def dim(self) -> int:
-        """k, the directions that are kept."""
-        return len(self.shift) if self.axes is None else self.axes.shape[1]
-
-    def transform(self, X: Tensor) -> Tensor:
-        """(..., d) -> (..., k)."""
-        z = (X - self.shift) / self.scale
-        return z if self.axes is None else z @ self.axes
-
-    def equals(self, other: InputTransform) -> bool:
-        """Whether the other one is the same map."""
-        if not isinstance(other, Project) or (self.axes is None) != (other.axes is None):
-            return False
-        pairs = [(self.shift, other.shift), (self.scale, other.scale), (self.axes, other.axes)]
-        return all(a is None or b is None or torch.equal(a, b) for a, b in pairs)
 
 
 class GPModel(SingleTaskGP):
@@ -141,20 +80,35 @@ class GPModel(SingleTaskGP):
             raise SurrogateError(
                 f"an exact GP takes at most {EXACT_LIMIT} answers, got {len(data)}; lower `sparse_above`."
             )
+        tuned = cls.tune(
+            data,
+            generator=generator,
+            max_dim=max_dim,
+            fit_size=fit_size,
+            max_iterations=max_iterations,
+            ard_dims=ard_dims,
+        )
+        if len(tuned.data) == len(data):
+            return tuned
+        project = tuned.input_transform
+        full = cls(data, project, project.dim <= ard_dims).to(data.X)
+        _copy_hyperparameters(tuned, full)
+        return full.requires_grad_(False).eval()
+
+    @classmethod
+    def tune(
+        cls, data: Data, *, generator: Generator, max_dim: int | None, fit_size: int, max_iterations: int, ard_dims: int
+    ) -> GPModel:
+        """A GP on at most `fit_size` of the answers, with its hyper-parameters found and the input map of them all."""
         project = Project.learn(data.X, max_dim, data.relevance)
         part = data
         if len(data) > fit_size:
             part = data.select(torch.randperm(len(data), generator=generator)[:fit_size].to(data.y.device))
-        ard = project.dim <= ard_dims
-        model = cls(part, project, ard).to(data.X)
+        model = cls(part, project, project.dim <= ard_dims).to(data.X)
         mll = ExactMarginalLogLikelihood(model.likelihood, model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a stopped line search still leaves the best point found
             fit_gpytorch_mll_scipy(mll, options={"maxiter": max_iterations})
-        if part is not data:
-            full = cls(data, project, ard).to(data.X)
-            _copy_hyperparameters(model, full)
-            model = full
         return model.requires_grad_(False).eval()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GPModel:
@@ -290,45 +244,6 @@ class GPModel(SingleTaskGP):
             variance = 1 / inverse.diagonal()
             z = (inverse @ residual) * variance
             return torch.distributions.Normal(0.0, variance.sqrt()).log_prob(z) - scale.log()
-
-
-def cross_covariance(kernel: Any, z: Tensor, train: Tensor) -> Tensor:
-    """k(z, train), (b) x q x n, for points (b) x q x k and answers (n, k), without a copy of the answers per batch."""
-    return kernel(z.reshape(-1, z.shape[-1]), train).to_dense().reshape(*z.shape[:-1], len(train))
-
-
-def draw_prior(
-    kernel: AdditiveKernel, dim: int, generator: Generator, features: int, like: Tensor
-) -> Callable[[Tensor], Tensor]:
-    """One function from the zero-mean prior of `covariance`, z (..., k) -> (...): exact linear part, Fourier features.
-
-    Source: Rahimi and Recht 2007; the Matern-5/2 spectral density is a multivariate Student t with 5 degrees of
-    freedom.
-    """
-    linear, matern = kernel.kernels
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=like.dtype).to(like.device)
-
-    radius = normal(features, 5).square().mean(dim=1).sqrt()
-    frequency = normal(features, dim) / radius[:, None] / matern.base_kernel.lengthscale
-    phase = 2 * math.pi * torch.rand(features, generator=generator, dtype=like.dtype).to(like.device)
-    amplitude = normal(features) * (2 * matern.outputscale / features).sqrt()
-    slope = normal(dim) * linear.variance.squeeze().sqrt()
-    return lambda z: torch.cos(z @ frequency.T + phase) @ amplitude + z @ slope
-
-
-def covariance(ard: int | None = None) -> Kernel:
-    """Linear plus Matern-5/2, with weak priors at the scale of `Project`; `ard` length-scales, one for all if None."""
-    linear = LinearKernel(variance_prior=GammaPrior(1.5, 1.0))
-    base = MaternKernel(nu=2.5, ard_num_dims=ard, lengthscale_prior=LogNormalPrior(0.5, 1.0))
-    return AdditiveKernel(linear, ScaleKernel(base, outputscale_prior=GammaPrior(1.5, 1.0)))
-
-
-def noise_model() -> GaussianLikelihood:
-    """Homoscedastic noise, standardised units: a prior around a tenth of the variance, wide enough to be overruled."""
-    prior = LogNormalPrior(-2.0, 1.5)
-    return GaussianLikelihood(noise_prior=prior, noise_constraint=GreaterThan(1e-6, initial_value=0.1))
 
 
 def _floored(data: Data) -> Tensor:

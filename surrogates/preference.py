@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 
 from tiltopt.errors import SurrogateError
 from tiltopt.surrogates.data import device_only
-from tiltopt.surrogates.gp import Project, cross_covariance, draw_prior
+from tiltopt.surrogates.kernels import Project, cross_covariance, draw_prior
 from tiltopt.surrogates.linear import SampledFunction
 from tiltopt.surrogates.registry import fit
 

@@ -74,7 +74,7 @@ def fit(
         ) from error
 
 
-def fit_gp(data: Data, *, generator: Generator, sparse_above: int = 4096, **options: Any) -> Model:
+def fit_gp(data: Data, *, generator: Generator, sparse_above: int = 1024, **options: Any) -> Model:
     """An exact GP up to `sparse_above` answers, a sparse variational one beyond; `options` are those of their `fit`."""
     if len(data) > sparse_above:
         return SparseGPModel.fit(data, generator=generator, **options)

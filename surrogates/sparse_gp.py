@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from botorch.models.model import Model
@@ -12,23 +12,32 @@ from linear_operator.operators import to_linear_operator
 from torch import Generator, Tensor, nn
 
 from tiltopt.surrogates.data import Data, device_only
-from tiltopt.surrogates.gp import GPModel, Project, covariance, cross_covariance, draw_prior
+from tiltopt.surrogates.gp import GPModel
+from tiltopt.surrogates.inducing import greedy
+from tiltopt.surrogates.kernels import Project, covariance, draw_matern, matern
 from tiltopt.surrogates.linear import GaussianPosterior, SampledFunction
 
-CHUNK = 8192
-JITTER = 1e-6
+CHUNK = 4096
+CANDIDATES = 4096  # answers among which the inducing points are chosen
+AXES = 2048  # directions of the linear part beyond which only the principal ones are kept
 
 
 class SparseGPModel(Model):
-    """The covariance of `GPModel`, seen through m inducing points Z.
+    """The covariance of `GPModel`, its linear part v z'z' exactly and its Matern part k through m inducing points Z.
 
-    With R R' = K_ZZ, a(x) = R^-1 k(Z, x), A = a(X) and B = I + A V^-1 A', V = diag(noise_i):
+    With R R' = k(Z, Z), a(z) = R^-1 k(Z, z), phi(z) = [sqrt(v) z, a(z)], rows phi(z_i)' of F, V = diag(noise_i) and
+    B = I + F' V^-1 F:
 
-        mean(x) = c + a(x)' B^-1 A V^-1 (y - c)
-        cov(x, x') = k(x, x') - a(x)'a(x') + a(x)' B^-1 a(x')
+        mean(z) = c + phi(z)' w,  w = B^-1 F' V^-1 (y - c)
+        cov(z, z') = k(z, z') - a(z)'a(z') + phi(z)' B^-1 phi(z')
 
-    Fitting costs O(n m^2), predicting O(m^2 + m d), whatever n is. Hyper-parameters are those of an exact GP on a
-    random part of the answers; the inducing points are a random part too.
+    a Bayesian linear model on d + m features plus what the inducing points leave unknown. This is the variational
+    posterior of Titsias where the linear part, which d features represent in full, needs no inducing points. Fitting
+    costs O(n (d + m)^2), predicting O((d + m)^2), whatever n is. Hyper-parameters are those of an exact GP on a random
+    part of the answers.
+
+    Buffers: `Z` (m, d); `R` (m, m); `L` (d + m, d + m), Cholesky factor of B; `weights` (d + m,), w;
+    `noise_variance` (), reward units squared, beyond `sem`.
 
     Source: Titsias 2009, "Variational learning of inducing variables in sparse Gaussian processes", eq. 6 and 10.
     """
@@ -41,7 +50,7 @@ class SparseGPModel(Model):
     Z: Tensor
     R: Tensor
     L: Tensor
-    coefficients: Tensor
+    weights: Tensor
     constant: Tensor
     y_mean: Tensor
     y_scale: Tensor
@@ -56,52 +65,68 @@ class SparseGPModel(Model):
 
     @classmethod
     def fit(
-        cls, data: Data, *, generator: Generator, inducing: int = 512, fit_size: int = 1024, **options: Any
+        cls,
+        data: Data,
+        *,
+        generator: Generator,
+        inducing: int | None = None,
+        max_dim: int | None = None,
+        fit_size: int = 1024,
+        max_iterations: int = 100,
+        ard_dims: int = 32,
     ) -> SparseGPModel:
-        """Hyper-parameters from `fit_size` answers, `inducing` points from the answers, then all answers at once."""
-        order = torch.randperm(len(data), generator=generator).to(data.y.device)
-        exact = GPModel.fit(data.select(order[:fit_size]), generator=generator, **options)
+        """Hyper-parameters from `fit_size` answers, `inducing` points from the answers, then all answers at once.
+
+        Args:
+            generator: chooses the answers for the hyper-parameters and the candidates for inducing points.
+            inducing: m, at most; the points are those least known from each other among 4,096 answers. None: as many as
+                make d + m 1,280, but at least 512 and at most 1,024.
+            max_dim: principal axes kept; None keeps every direction up to 2,048 of them.
+            fit_size, max_iterations, ard_dims: see `GPModel.fit`.
+        """
+        exact = GPModel.tune(
+            data,
+            generator=generator,
+            max_dim=min(data.X.shape[1], AXES) if max_dim is None else max_dim,
+            fit_size=fit_size,
+            max_iterations=max_iterations,
+            ard_dims=ard_dims,
+        )
+        candidates = torch.randperm(len(data), generator=generator)[:CANDIDATES].to(data.y.device)
         with torch.no_grad():
-            project, kernel = exact.input_transform, exact.covar_module
             y_mean, y_scale = exact.outcome_transform.means.squeeze(), exact.outcome_transform.stdvs.squeeze()
-            constant = exact.mean_module.constant.detach()
             if data.sem is None:
                 noise = exact.likelihood.noise.squeeze().expand(len(data))
             else:
                 noise = (data.sem / y_scale).square().clamp_min(1e-6)
-            Z = project.transform(data.X[order[:inducing]])
-            K = kernel(Z).to_dense()
-            K.diagonal().add_(JITTER * K.diagonal().mean())
-            R = torch.linalg.cholesky(K)
-            B, b = torch.eye(len(Z), dtype=Z.dtype, device=Z.device), torch.zeros_like(Z[:, 0])
+            constant = exact.mean_module.constant.detach()
+            parts = _Parts.of(exact.covar_module)
+            z = exact.input_transform.transform(data.X[candidates])
+            Z = _choose(z, parts, min(max(1280 - z.shape[1], 512), 1024) if inducing is None else inducing)
+            R = torch.linalg.cholesky(parts.matern(Z, Z))
             target = (data.y - y_mean) / y_scale - constant
-            for rows in torch.arange(len(data), device=Z.device).split(CHUNK):
-                A = torch.linalg.solve_triangular(R, kernel(Z, project.transform(data.X[rows])).to_dense(), upper=False)
-                B += (A / noise[rows]) @ A.T
-                b += A @ (target[rows] / noise[rows])
-            L = torch.linalg.cholesky(B)
-            tensors = {
-                "x_mean": project.shift,
-                "Z": Z,
-                "R": R,
-                "L": L,
-                "coefficients": torch.cholesky_solve(b[:, None], L)[:, 0],
-                "constant": constant,
-                "y_mean": y_mean,
-                "y_scale": y_scale,
-                "noise_variance": exact.noise_variance,
-            }
-        return cls(project, kernel, tensors)
+            L, weights = _condition(data.X, target, noise, exact.input_transform, parts, Z, R)
+        tensors = {"Z": Z, "R": R, "L": L, "weights": weights, "constant": constant, "y_mean": y_mean}
+        tensors |= {"y_scale": y_scale, "noise_variance": exact.noise_variance}
+        return cls(exact.input_transform, exact.covar_module, tensors)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseGPModel:
         """Moves between devices but stays in float64."""
         return super()._apply(device_only(fn), recurse)
 
-    def _whitened(self, z: Tensor) -> Tensor:
-        """a(x), (b) x m x q, of projected points z, (b) x q x k."""
-        k = cross_covariance(self.kernel, z, self.Z)
-        flat = torch.linalg.solve_triangular(self.R, k.reshape(-1, k.shape[-1]).T, upper=False)
-        return flat.T.reshape(k.shape).mT
+    @property
+    def _operators(self) -> tuple[_Parts, Tensor, Tensor]:
+        """The covariance, R^-1 (m, m), and B^-1 less the identity of the a's, (d + m, d + m); computed once."""
+        known = self.__dict__.get("_known")
+        if known is None or known[1].device != self.R.device:
+            with torch.no_grad():
+                eye = torch.eye(len(self.R), dtype=self.R.dtype, device=self.R.device)
+                inverse = torch.linalg.solve_triangular(self.R, eye, upper=False)
+                form = torch.cholesky_inverse(self.L)
+                form.diagonal()[-len(eye) :] -= 1.0
+                known = (_Parts.of(self.kernel), inverse, form)
+            self.__dict__["_known"] = known
+        return known
 
     def posterior(
         self,
@@ -112,38 +137,61 @@ class SparseGPModel(Model):
     ) -> GaussianPosterior:
         """Joint Gaussian over the q points of each batch, X (b) x q x d, in reward units."""
         z = self.project.transform(X.to(self.Z))
-        a = self._whitened(z)
-        mean = self.constant + (a.mT @ self.coefficients[:, None]).squeeze(-1)
-        flat = a.mT.reshape(-1, a.shape[-2]).T  # (m, b q): one solve for all batches
-        w = torch.linalg.solve_triangular(self.L, flat, upper=False).T.reshape(a.mT.shape).mT
-        covariance_ = self.kernel(z).to_dense() - a.mT @ a + w.mT @ w
+        parts, inverse, form = self._operators
+        phi = parts.features(z, self.Z, inverse)
+        mean = self.constant + phi @ self.weights
+        prior = parts.matern(z, z) if z.shape[-2] > 1 else parts.outputscale
+        joint = prior + QuadraticForm.apply(phi, form)
         if isinstance(observation_noise, Tensor):
-            covariance_ = covariance_ + torch.diag_embed(observation_noise.squeeze(-1).expand_as(mean))
+            joint = joint + torch.diag_embed(observation_noise.squeeze(-1).expand_as(mean))
         elif observation_noise:
-            covariance_ = covariance_ + torch.diag_embed((self.noise_variance / self.y_scale**2).expand_as(mean))
-        mvn = MultivariateNormal(self.y_mean + self.y_scale * mean, to_linear_operator(self.y_scale**2 * covariance_))
+            joint = joint + torch.diag_embed((self.noise_variance / self.y_scale**2).expand_as(mean))
+        mvn = MultivariateNormal(self.y_mean + self.y_scale * mean, to_linear_operator(self.y_scale**2 * joint))
         posterior = GaussianPosterior(mvn)
         return posterior if posterior_transform is None else posterior_transform(posterior)
 
     def sample_function(self, generator: Generator, features: int = 2048) -> SampledFunction:
-        """One draw of the whole function: a draw of the prior, corrected at the inducing points; for Thompson sampling.
+        """One draw of the whole function, for Thompson sampling: of w ~ N(w, B^-1), and of what phi leaves unknown,
 
+            f(z) = c + phi(z)'w + g(z) - a(z)' R^-1 g(Z)
+
+        with g a draw of the Matern prior from `features` random Fourier features.
         Source: Wilson et al. 2020, arXiv 2002.09309, eq. 13.
         """
         with torch.no_grad():
-            prior = draw_prior(self.kernel, self.Z.shape[1], generator, features, like=self.Z)
-            white = torch.randn(len(self.Z), generator=generator, dtype=self.Z.dtype).to(self.Z.device)
-            # u in whitened coordinates ~ N(B^-1 b, B^-1)
-            u = self.coefficients + torch.linalg.solve_triangular(self.L.mT, white[:, None], upper=True)[:, 0]
-            u = u - torch.linalg.solve_triangular(self.R, prior(self.Z)[:, None], upper=False)[:, 0]
+            parts, inverse, _ = self._operators
+            g = draw_matern(self.kernel.kernels[1], self.Z.shape[1], generator, features, like=self.Z)
+            white = torch.randn(len(self.L), generator=generator, dtype=self.L.dtype).to(self.L.device)
+            w = self.weights + torch.linalg.solve_triangular(self.L.mT, white[:, None], upper=True)[:, 0]
+            w[-len(self.Z) :] -= inverse @ g(self.Z)
 
         def value(X: Tensor) -> Tensor:
             z = self.project.transform(X.to(self.Z))
-            return self.y_mean + self.y_scale * (
-                self.constant + prior(z) + (self._whitened(z).mT @ u[:, None]).squeeze(-1)
-            )
+            return self.y_mean + self.y_scale * (self.constant + parts.features(z, self.Z, inverse) @ w + g(z))
 
         return SampledFunction(value)
+
+    def leave_one_out(self, data: Data) -> Tensor:
+        """log p(y_i | all other answers) at the fitted hyper-parameters and inducing points, (n,), nats, reward units.
+
+        Exact for the linear model on phi: with h_i = phi_i' B^-1 phi_i / v_i, the left-out error is
+        residual_i / (1 - h_i) and its variance v_i / (1 - h_i), plus what phi leaves unknown.
+        Source: Rasmussen and Williams 2006, eq. 5.10-5.12.
+        """
+        with torch.no_grad():
+            known = self.noise_variance if data.sem is None else (data.sem**2).clamp_min(1e-6 * self.y_scale**2)
+            v = known.expand_as(data.y) / self.y_scale**2
+            parts, inverse, form = self._operators
+            scores = []
+            for X, y, noise in zip(data.X.split(CHUNK), data.y.split(CHUNK), v.split(CHUNK), strict=True):
+                phi = parts.features(self.project.transform(X), self.Z, inverse)
+                whitened = phi[:, -len(self.Z) :].square().sum(dim=1)
+                leverage = ((phi @ form) * phi).sum(dim=1) + whitened
+                left = (1 - leverage / noise).clamp_min(1e-10)
+                variance = noise / left + (parts.outputscale - whitened).clamp_min(0)
+                error = ((y - self.y_mean) / self.y_scale - self.constant - phi @ self.weights) / left
+                scores.append(torch.distributions.Normal(0.0, variance.sqrt()).log_prob(error) - self.y_scale.log())
+            return torch.cat(scores)
 
     def settings(self) -> dict[str, Any]:
         """Nothing beside the tensors."""
@@ -161,3 +209,69 @@ class SparseGPModel(Model):
         kernel.load_state_dict(group("kernel."))
         own = {k: v for k, v in tensors.items() if not k.startswith(("kernel.", "project."))}
         return cls(Project(**group("project.")), kernel, own)
+
+
+class QuadraticForm(torch.autograd.Function):
+    """phi M phi', (..., q, q), for points phi (..., q, p) and a symmetric M (p, p), which gets no gradient.
+
+    The gradient in phi is (G + G') phi M, and phi M is at hand from the value: half the work of plain autograd, where
+    these products are nearly all that a posterior costs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, phi: Tensor, M: Tensor) -> Tensor:
+        """The form."""
+        product = phi @ M
+        ctx.save_for_backward(phi, M, product)
+        return product @ phi.mT
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """Differentiable in its turn where autograd asks for that."""
+        phi, M, product = ctx.saved_tensors
+        product = phi @ M if torch.is_grad_enabled() else product
+        return (gradient + gradient.mT) @ product, None
+
+
+class _Parts(NamedTuple):
+    """Numbers of the covariance: v, (), of the linear part, length-scale (1, 1 or d) and scale () of the Matern one."""
+
+    variance: Tensor
+    lengthscale: Tensor
+    outputscale: Tensor
+
+    @classmethod
+    def of(cls, kernel: Any) -> _Parts:
+        linear, bent = kernel.kernels
+        values = linear.variance.squeeze(), bent.base_kernel.lengthscale, bent.outputscale.squeeze()
+        return cls(*(v.detach() for v in values))
+
+    def matern(self, z: Tensor, other: Tensor) -> Tensor:
+        return matern(z, other, self.lengthscale, self.outputscale)
+
+    def features(self, z: Tensor, Z: Tensor, inverse: Tensor) -> Tensor:
+        """phi, (..., d + m), of projected points z (..., d); `inverse` is R^-1."""
+        flat = z.reshape(-1, z.shape[-1])
+        a = self.matern(flat, Z) @ inverse.mT
+        return torch.cat([self.variance.sqrt() * flat, a], dim=-1).reshape(*z.shape[:-1], -1)
+
+
+def _choose(z: Tensor, parts: _Parts, count: int) -> Tensor:
+    """At most `count` inducing points (m, d) among the points z."""
+    diagonal = parts.outputscale.expand(len(z))
+    return z[greedy(lambda i: parts.matern(z, z[i : i + 1])[:, 0], diagonal, count)]
+
+
+def _condition(
+    X: Tensor, target: Tensor, noise: Tensor, project: Project, parts: _Parts, Z: Tensor, R: Tensor
+) -> tuple[Tensor, Tensor]:
+    """L, (d + m, d + m), and the posterior mean of the weights, (d + m,), from all answers, a chunk at a time."""
+    inverse = torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=False)
+    B = torch.eye(Z.shape[1] + len(Z), dtype=Z.dtype, device=Z.device)
+    b = torch.zeros_like(B[0])
+    for x, t, v in zip(X.split(CHUNK), target.split(CHUNK), noise.split(CHUNK), strict=True):
+        phi = parts.features(project.transform(x), Z, inverse) / v.sqrt()[:, None]
+        B.addmm_(phi.T, phi)
+        b += phi.T @ (t / v.sqrt())
+    L = torch.linalg.cholesky(B)
+    return L, torch.cholesky_solve(b[:, None], L)[:, 0]

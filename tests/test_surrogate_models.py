@@ -16,7 +16,7 @@ from tiltopt.errors import SurrogateError
 from tiltopt.surrogates import fit
 from tiltopt.surrogates.auto import choose_features, predictive
 from tiltopt.surrogates.data import check
-from tiltopt.surrogates.ensemble import bootstrap
+from tiltopt.surrogates.ensemble import _member, bootstrap
 from tiltopt.surrogates.evidence import solve
 from tiltopt.surrogates.gp import GPModel
 from tiltopt.surrogates.trunk import Regressor, train_regressors, validation_loss
@@ -142,10 +142,29 @@ def test_ensemble_spread_is_the_posterior_of_linear(n: int, d: int) -> None:
     assert torch.equal(members.noise_variance, post.noise * scaling.y_scale**2)
 
 
+@pytest.mark.parametrize("sem", [None, "each"])
+def test_ensemble_mean_is_that_of_linear_and_members_differ_by_their_resampling(sem: str | None) -> None:
+    X, Y, _ = linear_data(50, 20, 0.5, seed=8)
+    error = None if sem is None else torch.linspace(0.1, 1.0, 50, dtype=torch.float64)[:, None]
+    model: Any = fit("ensemble", X[:40], Y[:40], members=3, generator=generator(4), sem=error[:40] if sem else None)
+    exact = fit("linear", X[:40], Y[:40], sem=error[:40] if sem else None)
+    points = X[40:, None]
+    torch.testing.assert_close(model.posterior(points).mean, exact.posterior(points).mean, rtol=1e-9, atol=1e-9)
+    data = check(X[:40], Y[:40], error[:40] if sem else None)
+    scaling, post = solve(data)
+    g = generator(4)
+    counts = bootstrap(40, 3, g)
+    noise = post.noise + (torch.zeros(40) if data.sem is None else (data.sem / scaling.y_scale) ** 2)
+    y = (data.y - scaling.y_mean) / scaling.y_scale
+    own = [_member(data.X, y, noise, post.prior, scaling, c, g) for c in counts]
+    value = torch.stack([((X[40:] - scaling.x_mean) / scaling.x_scale) @ w + c for w, c in own])
+    got = (model(points)[..., 0, 0].T - model.y_mean) / model.y_scale
+    torch.testing.assert_close(got - got.mean(0), value - value.mean(0), rtol=1e-7, atol=1e-9)
+    assert (got.std(0) > 0.05).all()
+
+
 def test_one_member_is_ridge_regression_around_its_prior_draw() -> None:
     """With all counts one, the average over prior draws is the posterior mean of `linear`."""
-    from tiltopt.surrogates.ensemble import _member
-
     X, Y, _ = linear_data(30, 40, 0.5, seed=9)
     data = check(X, Y)
     scaling, post = solve(data)
@@ -213,23 +232,6 @@ def test_gp_on_many_answers_tunes_on_some_and_conditions_on_all() -> None:
     data = torch.randn(8193, 2, generator=generator(0))
     with pytest.raises(SurrogateError, match="at most 8192"):
         fit("gp", data[:, :1], data[:, 1:], sparse_above=10**6)
-
-
-@pytest.mark.parametrize("sem", [None, 0.2])
-def test_sparse_gp_is_exact_when_every_answer_is_an_inducing_point(sem: float | None) -> None:
-    X, Y = curved_data(90, 4, 0.2, seed=6)
-    g = torch.randperm(60, generator=generator(1))  # the order in which the sparse model takes its answers
-    exact = fit("gp", X[g], Y[g], sem=sem)
-    sparse = fit("gp", X[:60], Y[:60], sem=sem, sparse_above=10, generator=generator(1))
-    a, b = exact.posterior(X[60:, None]), sparse.posterior(X[60:, None])
-    torch.testing.assert_close(b.mean, a.mean, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(b.variance, a.variance, rtol=1e-2, atol=1e-4)
-    coarse = fit("gp", X[:60], Y[:60], sem=sem, sparse_above=10, inducing=20, generator=generator(1))
-    assert (coarse.posterior(X[60:, None]).variance > 0.9 * a.variance).all()  # fewer points never know more
-    draws = torch.stack([sparse.sample_function(generator(s))(X[60:]).flatten() for s in range(400)])
-    sd = b.variance.flatten().sqrt()
-    assert ((draws.mean(0) - b.mean.flatten()).abs() < 4.5 * sd / 20).all()
-    assert ((draws.std(0) / sd - 1).abs() < 4.5 / math.sqrt(800) + 0.03).all()
 
 
 @pytest.mark.parametrize("name", ["gp", "ensemble", "last_layer"])
