@@ -1,4 +1,4 @@
-"""An exact Gaussian process with log expected improvement; sparse variational beyond a few thousand answers.
+"""A Gaussian process with log expected improvement: exact to 1,024 answers, sparse variational beyond.
 
 accelerate launch online/main.py --config config/gp.py:demo
 """

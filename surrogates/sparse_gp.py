@@ -11,6 +11,7 @@ from gpytorch.distributions import MultivariateNormal
 from linear_operator.operators import to_linear_operator
 from torch import Generator, Tensor, nn
 
+from tiltopt.errors import SurrogateError
 from tiltopt.surrogates.data import Data, device_only
 from tiltopt.surrogates.gp import GPModel
 from tiltopt.surrogates.inducing import greedy
@@ -199,7 +200,16 @@ class SparseGPModel(Model):
 
     @classmethod
     def restore(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> SparseGPModel:
-        """The model that `settings` and `state_dict` came from, bit for bit."""
+        """The model that `settings` and `state_dict` came from, bit for bit.
+
+        Raises:
+            SurrogateError: for tensors of an earlier layout, whose linear part was seen through inducing points.
+        """
+        if "weights" not in tensors:
+            raise SurrogateError(
+                "this sparse GP was saved before its linear part was kept exactly (tensor `weights` is missing); "
+                "fit it anew from its answers, or use the version that wrote it."
+            )
 
         def group(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.surrogate_contract import coverage, generator, linear_data
+from tiltopt.errors import SurrogateError
 from tiltopt.surrogates import fit, sparse_gp
 from tiltopt.surrogates.auto import predictive
 from tiltopt.surrogates.data import check
@@ -183,6 +184,15 @@ def test_very_many_features_keep_their_principal_axes(monkeypatch: pytest.Monkey
     assert model.Z.shape == (20, 6)
     error = (predictive(model, X[150:])[0] - Y[150:, 0]).square().mean().sqrt()
     assert error < 0.3 * Y[150:].std()
+
+
+def test_a_file_of_the_earlier_layout_is_refused() -> None:
+    X, Y = bent_data(30, 3, 0.2, seed=2)
+    model: Any = fit("gp", X, Y, inducing=8, **FAST)
+    tensors = dict(model.state_dict())
+    tensors["coefficients"] = tensors.pop("weights")
+    with pytest.raises(SurrogateError, match="fit it anew"):
+        model.restore({}, tensors)
 
 
 def test_auto_scores_it_without_refits() -> None:
