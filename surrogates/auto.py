@@ -11,8 +11,7 @@ from botorch.models.model import Model
 from torch import Generator, Tensor
 
 from tiltopt.errors import SurrogateError
-from tiltopt.surrogates.data import Data, check
-from tiltopt.surrogates.linear import LinearModel
+from tiltopt.surrogates.data import Data
 
 Fit = Callable[[str, Data, Generator, dict[str, Any]], Model]
 REFIT_LIMIT = 256  # answers up to which every candidate is fitted anew for every fold
@@ -114,24 +113,3 @@ def _score(
         "how": how,
         "seconds": round(time.perf_counter() - start, 3),
     }
-
-
-def choose_features(
-    maps: dict[str, Tensor], Y: Tensor, *, sem: Tensor | float | None = None
-) -> tuple[str, dict[str, float]]:
-    """Which of several feature maps predicts the answers best.
-
-    Args:
-        maps: features of the same n designs under each map, {name: (n, d)}.
-        Y: (n, 1), reward units.
-
-    Returns:
-        The name of the best, and the mean leave-one-out log density of a `linear` surrogate on each, nats per answer.
-    """
-    if not maps:
-        raise SurrogateError("`maps` is empty; give the features of at least one map.")
-    scores = {}
-    for name, X in maps.items():
-        data = check(X, Y, sem)
-        scores[name] = LinearModel.fit(data).leave_one_out(data).mean().item()
-    return max(scores, key=scores.__getitem__), scores

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 
 import pandas as pd
 import pytest
@@ -234,11 +233,9 @@ def test_help_is_quick_because_nothing_heavy_is_imported():
         "import sys\nfrom tiltopt.cli import main\nassert main(['--help']) == 0\n"
         "heavy = {'torch', 'pandas', 'numpy', 'diffusers', 'botorch'} & set(sys.modules)\nassert not heavy, heavy"
     )
-    started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - started < 10
-    for command in ("run", "resume", "report", "status", "export", "surrogate"):
+    for command in ("run", "resume", "report", "status", "export", "surrogate", "features"):
         assert f"    {command}" in done.stdout
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.surrogate_contract import SurrogateContract, coverage, generator, linear_data
 from tiltopt.errors import SurrogateError
 from tiltopt.surrogates import fit
-from tiltopt.surrogates.auto import choose_features, predictive
+from tiltopt.surrogates.auto import predictive
 from tiltopt.surrogates.data import check
 from tiltopt.surrogates.ensemble import _member, bootstrap
 from tiltopt.surrogates.evidence import solve
@@ -274,14 +274,6 @@ def test_auto_cross_validation_is_honest_about_noise() -> None:
     ceiling = torch.distributions.Normal(Y.mean(), Y.std()).log_prob(Y).mean().item()
     for score in report["scores"].values():
         assert score["log_density"] < ceiling + 0.1
-
-
-def test_choose_features_finds_the_informative_map() -> None:
-    X, Y, _ = linear_data(80, 10, 0.3, seed=3)
-    noise = torch.randn(80, 10, generator=generator(1), dtype=torch.float64)
-    name, scores = choose_features({"noise": noise, "signal": X}, Y)
-    assert name == "signal"
-    assert scores["signal"] > scores["noise"] + 0.5
 
 
 def test_unknown_names_and_options_are_refused() -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tests.surrogate_contract import coverage, generator
 from tiltopt.surrogates import fit
-from tiltopt.surrogates.auto import choose_features, predictive
+from tiltopt.surrogates.auto import predictive
+from tiltopt.surrogates.feature_choice import choose_features
 
 FILE = Path(__file__).parent / "data" / "jpeg_answers.npz"
 

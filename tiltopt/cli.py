@@ -119,6 +119,12 @@ def make_parser() -> argparse.ArgumentParser:
 
     surrogate = add("surrogate", _surrogate, "say what a saved surrogate is and how well it predicted")
     surrogate.add_argument("folder", help="folder of the surrogate, checkpoints/<run>/round_NNN")
+
+    features = add("features", _features, "say which features predict the answers of a run best")
+    features.add_argument("folder", help="folder of the run")
+    features.add_argument("--kinds", nargs="+", metavar="KIND", help='as features.kind, e.g. "latent_stats+projection"')
+    features.add_argument("--prompts", action="store_true", help="each kind with the prompt's embedding too")
+    features.add_argument("--json", action="store_true", help="for machines")
     return parser
 
 
@@ -238,6 +244,14 @@ def _surrogate(options: argparse.Namespace) -> int:
     from tiltopt.online.commands import surrogate_text
 
     print(surrogate_text(options.folder))
+    return 0
+
+
+def _features(options: argparse.Namespace) -> int:
+    from tiltopt.online.feature_ranking import KINDS, rank, rank_text
+
+    ranked = rank(options.folder, tuple(options.kinds or KINDS), options.prompts)
+    print(json.dumps(ranked, indent=1) if options.json else rank_text(ranked))
     return 0
 
 
