@@ -24,6 +24,7 @@ def get_config(name: str = "demo") -> ConfigDict:
         config.acquisition.name = "ucb"
         config.acquisition.beta = 1.0  # the surrogate's deviation is the bonus itself
     config.acquisition.adapt = False
+    config.sampler.num_particles, config.sampler.gradient_every, config.sampler.potential_every = 4, 1, 1
     config.sampler.tempering = "exp"
     config.sampler.gamma = config_dict.placeholder(float)  # None: the published .008 at 100 steps, scaled to others
     config.sampler.resampling = "ssp"

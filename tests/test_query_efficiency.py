@@ -15,7 +15,7 @@ from scipy import stats
 from benchmarks import query_efficiency
 from benchmarks.efficiency.cells import Budget, Cell, append, missing, read
 from benchmarks.efficiency.measure import Measures, spread, weights_id
-from benchmarks.efficiency.methods import METHODS, REWARDS, equal_particles, evaluations_per_query, settings_of
+from benchmarks.efficiency.methods import FIXED, METHODS, REWARDS, equal_particles, evaluations_per_query, settings_of
 from benchmarks.efficiency.noise import CMAES, TurboNoise, denoise, typical
 from benchmarks.efficiency.plain import CachedPlain, plain_asks
 from benchmarks.efficiency.run import Round, Workshop, kept, price, run_cell
@@ -26,6 +26,7 @@ from tiltopt.online.components import check
 from tiltopt.online.diffusion_engine import DiffusionEngine, to_images
 from tiltopt.online.optimizer import Optimizer
 from tiltopt.online.pilot import FILE as PILOT
+from tiltopt.online.presets import preset
 from tiltopt.rewards import make_reward
 from tiltopt.samplers import PriorOnly
 from tiltopt.samplers.diffusers_prior import DiffusersPrior, load_prior
@@ -217,6 +218,8 @@ def test_the_goal_is_the_best_baselines_last_round() -> None:
     goal = block["goal"]
     assert (goal["baseline"], goal["value"], goal["queries"], goal["tilted_queries"]) == ("greedy", 1.5, 4, 2)
     assert "4 of 4 queries" in text([block])
+    assert block["goal_others"]["baseline"] == "prior"  # greedy is our own loop without optimism
+    assert (block["goal_others"]["value"], block["goal_others"]["queries"]) == (0.2, 4)
     rows += [made("cma_es", 0, [0.0, 1.35])]  # ran on seed 0 only, where greedy ends at 1.0 and our default at 1.4
     assert aggregate(rows)[0]["goal"]["queries"] == 4
     assert aggregate(rows)[0]["goal"]["value"] == 1.35
@@ -377,3 +380,10 @@ def test_searches_over_noise_climb_and_stay_typical(kind: str) -> None:
     assert np.array_equal(before, np.random.get_state()[1])  # noqa: NPY002
     error = (rounds[0].var() / 24 + rounds[-1].var() / 12).sqrt()
     assert rounds[-1].mean() - rounds[0].mean() > 4 * error
+
+
+def test_the_default_of_the_benchmark_is_the_demo() -> None:
+    """But for what the documentation names; whoever changes the one decides about the other."""
+    demo, own = preset("demo"), ("prompts", "prior.dtype", "micro_batch", "sampler.max_shift")
+    shared = {k: v for k, v in FIXED.items() if k not in own}
+    assert {k: demo[k.split(".")[0]][k.split(".")[1]] for k in shared} == shared

@@ -39,7 +39,7 @@ def _block(reward: str, budget: Budget, rows: Sequence[Row]) -> dict[str, Any]:
     methods = {name: _method([r for r in rows if r["method"] == name]) for name in present}
     _relate(methods)
     common = _common(methods, rows)
-    goals = {"goal": goal(common, budget), "kept_goal": goal(common, budget, "kept")}
+    goals = {key: goal(common, budget, what, without) for key, (_, what, without) in GOALS.items()}
     return {"reward": reward, "budget": str(budget), "methods": methods, **goals}
 
 
@@ -86,13 +86,28 @@ FAITHFUL = 0.8
 """Share of the prior's fidelity that a method must keep; a baseline that does not sets no goal."""
 
 
-def goal(methods: Mapping[str, Any], budget: Budget, what: str = "mean") -> dict[str, Any] | None:
+TWIN = ("greedy",)
+"""Our own loop at beta = 0: the test of optimism, and no rival in anything else."""
+
+GOALS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "goal": ("mean of the round", "mean", ()),
+    "goal_others": ("mean of the round, without greedy", "mean", TWIN),
+    "kept_goal": ("best batch so far", "kept", ()),
+    "kept_goal_others": ("best batch so far, without greedy", "kept", TWIN),
+}
+"""What the default is held to: (how it is called, what is compared, baselines left out)."""
+
+
+def goal(
+    methods: Mapping[str, Any], budget: Budget, what: str = "mean", without: Sequence[str] = ()
+) -> dict[str, Any] | None:
     """After how many queries our default reached what the best faithful baseline has at its end.
 
     Args:
         methods: summaries over common seeds.
         what: `mean`, the mean answer of a round (for best-of-N that of its best batch so far); or `kept`, the mean of
             the best batch so far, the same for every method.
+        without: baselines that set no goal.
 
     Returns:
         `set_aside` (baselines that paid for their reward with fidelity, which set no goal), `baseline`, `value` (its
@@ -102,7 +117,7 @@ def goal(methods: Mapping[str, Any], budget: Budget, what: str = "mean") -> dict
     """
     ratios = {n: m.get("fidelity_of_prior") for n, m in methods.items() if METHODS[n].kind == "baseline"}
     set_aside = [n for n, ratio in ratios.items() if ratio is not None and ratio < FAITHFUL]
-    ends = {n: methods[n]["rounds"][-1][what]["mean"] for n in ratios if n not in set_aside}
+    ends = {n: methods[n]["rounds"][-1][what]["mean"] for n in ratios if n not in (*set_aside, *without)}
     ends = {n: value for n, value in ends.items() if value is not None}
     if DEFAULT not in methods or not ends:
         return None
@@ -156,14 +171,10 @@ def shown(x: Mapping[str, Any]) -> str:
 
 
 def sentence(block: Mapping[str, Any]) -> str:
-    """Both goals in words."""
+    """The goals in words."""
     if block["goal"] is None:
         return "no comparison yet: our default and at least one baseline must have run on a common seed."
-    return "\n".join(
-        f"{name}: {_reached(block[key])}"
-        for key, name in (("goal", "mean of the round"), ("kept_goal", "best batch so far"))
-        if block[key] is not None
-    )
+    return "\n".join(f"{name}: {_reached(block[key])}" for key, (name, _, _) in GOALS.items() if block[key] is not None)
 
 
 def _reached(goal: Mapping[str, Any]) -> str:
