@@ -1,6 +1,6 @@
 """Does the demo do what it claims? Three seeds, each judged by the numbers that its run writes.
 
-    python benchmarks/demo_quality.py                          # a minute and a half a seed on two CPU cores
+    python benchmarks/demo_quality.py                          # under two minutes a seed on two CPU cores
     python benchmarks/demo_quality.py --runs checkpoints/a checkpoints/b   # judge finished runs
 
 For every seed: the mean answer of the last round must lie above the 95th percentile of plain samples of the prior on
