@@ -14,6 +14,7 @@ from scipy import stats
 
 from benchmarks import query_efficiency
 from benchmarks.efficiency.cells import Budget, Cell, append, missing, read
+from benchmarks.efficiency.learnable import between_prompts, correlation
 from benchmarks.efficiency.measure import Measures, spread, weights_id
 from benchmarks.efficiency.methods import FIXED, METHODS, REWARDS, equal_particles, evaluations_per_query, settings_of
 from benchmarks.efficiency.noise import CMAES, TurboNoise, denoise, typical
@@ -253,6 +254,7 @@ def test_what_is_kept_has_a_goal_of_its_own() -> None:
         "best_of_n", 2.0, 4,
     )  # fmt: skip
     assert "best batch so far: the best baseline" in text([block])
+    assert block["reached"] == {"best_of_n": {"mean": 2, "kept": 4}, "turbo": {"mean": 2, "kept": None}}
     assert aggregate([*rows[:1], with_kept("linear_ucb", [1.0, 1.9])])[0]["kept_goal"]["queries"] is None
 
 
@@ -387,3 +389,17 @@ def test_the_default_of_the_benchmark_is_the_demo() -> None:
     demo, own = preset("demo"), ("prompts", "prior.dtype", "micro_batch", "sampler.max_shift")
     shared = {k: v for k, v in FIXED.items() if k not in own}
     assert {k: demo[k.split(".")[0]][k.split(".")[1]] for k in shared} == shared
+
+
+def test_what_is_learnable_is_measured_on_unseen_samples() -> None:
+    g = torch.Generator().manual_seed(0)
+    X = torch.randn(400, 5, generator=g, dtype=torch.float64)
+    truth, noise = X.sum(dim=1), torch.randn(400, generator=g, dtype=torch.float64)
+    assert correlation(X, truth, 32, (5,)) > 0.99
+    # with noise of the signal's variance the best predictor correlates .71; 368 pairs know that to about .03
+    assert correlation(X, truth + 5**0.5 * noise, 200, (5,)) == pytest.approx(0.5**0.5, abs=0.08)
+    prompts = [str(i % 40) for i in range(400)]
+    level = torch.tensor([float(p) for p in prompts], dtype=torch.float64)
+    level = level / level.std()
+    assert between_prompts(noise, prompts) == pytest.approx(0.0, abs=0.1)
+    assert between_prompts(level + noise, prompts) == pytest.approx(0.5, abs=0.1)

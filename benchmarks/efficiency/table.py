@@ -40,7 +40,7 @@ def _block(reward: str, budget: Budget, rows: Sequence[Row]) -> dict[str, Any]:
     _relate(methods)
     common = _common(methods, rows)
     goals = {key: goal(common, budget, what, without) for key, (_, what, without) in GOALS.items()}
-    return {"reward": reward, "budget": str(budget), "methods": methods, **goals}
+    return {"reward": reward, "budget": str(budget), "methods": methods, **goals, "reached": reached(common)}
 
 
 def _relate(methods: dict[str, Any]) -> None:
@@ -122,8 +122,7 @@ def goal(
     if DEFAULT not in methods or not ends:
         return None
     name = max(ends, key=ends.__getitem__)
-    ours = [(r["queries"], r[what]["mean"]) for r in methods[DEFAULT]["rounds"]]
-    queries = next((n for n, value in ours if value is not None and value >= ends[name]), None)
+    queries = _first(methods[DEFAULT]["rounds"], what, ends[name])
     return {
         "set_aside": set_aside,
         "baseline": name,
@@ -133,6 +132,26 @@ def goal(
         "of": budget.total,
         "tilted_of": budget.total - budget.initial,
     }
+
+
+def reached(methods: Mapping[str, Any]) -> dict[str, dict[str, int | None]]:
+    """After how many queries our default reached the end of each baseline: {baseline: {"mean": ..., "kept": ...}}.
+
+    None: not at all, or not recorded. Empty where our default has not run.
+    """
+    if DEFAULT not in methods:
+        return {}
+    ours, found = methods[DEFAULT]["rounds"], {}
+    for name in (n for n in methods if METHODS[n].kind == "baseline"):
+        end = methods[name]["rounds"][-1]
+        found[name] = {what: _first(ours, what, end[what]["mean"]) for what in ("mean", "kept")}
+    return found
+
+
+def _first(rounds: Sequence[Mapping[str, Any]], what: str, value: float | None) -> int | None:
+    """Queries after the first round that is as high as `value`."""
+    ours = ((r["queries"], r[what]["mean"]) for r in rounds)
+    return next((n for n, mean in ours if None not in (mean, value) and mean >= value), None)
 
 
 def text(blocks: Sequence[Mapping[str, Any]]) -> str:
