@@ -22,7 +22,7 @@ from tiltopt.online.engine import memory
 from tiltopt.online.engine.aim import Aim, aim, fit_several, model_of
 from tiltopt.online.engine.feature_pilot import FeaturePilot
 from tiltopt.online.engine.images import to_designs, to_images
-from tiltopt.online.engine.in_memory import held_prior, named
+from tiltopt.online.engine.in_memory import encoder_of, held_prior, named
 from tiltopt.online.engine.potential import AcquisitionPotential
 from tiltopt.online.engine.price import LEAST, bound, cost_of, first_price
 from tiltopt.online.engine.restarts import latents_of, law_of, origin_of, sampler_of
@@ -35,6 +35,7 @@ from tiltopt.online.settings.objectives import objectives_of
 from tiltopt.online.settings.prompts import load_prompts, prompt_of
 from tiltopt.online.settings.run import FeatureSettings, Settings
 from tiltopt.online.settings.samplers import make_loop_sampler, select_rule
+from tiltopt.online.settings.validation import check_sampler
 from tiltopt.online.team import Team
 from tiltopt.samplers import Pilot, PriorOnly, Sampler, Samples, StepInfo
 from tiltopt.samplers.diffusers_prior import DiffusersPrior, load_prior
@@ -104,6 +105,7 @@ class DiffusionEngine:
         if prior is not None:
             self.__dict__["prior"] = held = held_prior(prior, settings.prior)
             self.settings = replace(settings, prior=named(settings.prior, held))
+            check_sampler(self.settings.sampler, self.settings.prior)
             self.team = team or Team(device=torch.device(held.device))
         self._rows, self._settled = RowLimit(settings.micro_batch), False
 
@@ -122,7 +124,7 @@ class DiffusionEngine:
     def feature_map(self) -> FeatureMap:
         """Designs and prompts -> features."""
         s = self.settings.features
-        encoder = self.prior if needs(s.kind) & {"latents", "network"} else None
+        encoder = encoder_of(self.prior) if needs(s.kind) & {"latents", "network"} else None
         return make_features(s.path, s.kind, s.prompt_features, self.team.device, encoder, getattr(torch, s.dtype))
 
     def seen_by(self, features: FeatureSettings) -> DiffusionEngine:
@@ -157,11 +159,19 @@ class DiffusionEngine:
         }
 
     def _settle(self) -> None:
-        """Rows and levers that fit, where the settings leave them to the device; once per process. Collective."""
-        if self.settings.prior.memory != "auto" or self._settled:
+        """Rows and levers that fit, where the settings leave them to the device; once per process. Collective.
+
+        Raises:
+            ConfigError: a prior that was handed over makes other designs than pictures.
+        """
+        if self._settled:
+            return
+        encoder_of(self.prior)
+        self._settled = True
+        if self.settings.prior.memory != "auto":
             return
         chosen = memory.settle(self._folder, self.team, self.prior, **self.what_is_tried())
-        self.settings, self._settled = replace(self.settings, micro_batch=chosen.micro_batch), True
+        self.settings = replace(self.settings, micro_batch=chosen.micro_batch)
         self._rows = RowLimit(chosen.micro_batch)
 
     def draw_plain(self, asks: Sequence[Ask], on_step: OnStep | None = None) -> list[Drawn]:
