@@ -186,7 +186,7 @@ def test_the_brighter_half_is_one_number_of_the_layout() -> None:
     assert (right.abs() > 1e-6).sum() == 1
 
 
-def shares_of(histograms: Tensor) -> list[Tensor]:
+def shares_of(histograms: torch.Tensor) -> list[torch.Tensor]:
     """Shares of the bins (n, BINS) for each of the three channels, from the cosine coefficients of their sums."""
     found = []
     for part in histograms.split(BINS - 1, dim=1):
