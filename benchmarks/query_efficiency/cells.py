@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+
 @dataclass(frozen=True)
 class Budget:
     """`initial` queries, then `rounds` times `batch`; written 64+16x4, and 64+16x4:1 where all are of one prompt."""
