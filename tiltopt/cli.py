@@ -181,7 +181,7 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", metavar="FILE", help="every number, for machines")
     evaluate.add_argument("--csv", metavar="FILE", help="every number, a row each")
     evaluate.add_argument("--out", metavar="FILE", help="the page (default: evaluation.html beside the first folder)")
-    trackers = ("none", "wandb", "tensorboard")
+    trackers = ("none", "wandb", "tensorboard", "trackio")
     evaluate.add_argument("--tracker", choices=trackers, default="none", help="is told every number too")
     evaluate.add_argument("--project", default="tiltopt", metavar="NAME", help="of the tracker (default tiltopt)")
     evaluate.add_argument("--surrogate", metavar="RUN|FOLDER", help="checkpoints/<run>[/round_NNN]: test this one")

@@ -21,7 +21,7 @@ from tiltopt.online.places import place_of
 from tiltopt.online.queries import EXTRA_KINDS, maximised
 from tiltopt.online.report.front import UNIT as MERIT
 from tiltopt.online.report.gain import curve_table, evaluation_table
-from tiltopt.online.report.numbers import peak_memory_mb
+from tiltopt.online.report.numbers import peak_memory, peak_memory_mb
 from tiltopt.online.report.pages import write_report
 from tiltopt.online.report.record import ended, load_run, summarise
 from tiltopt.online.report.text import round_table
@@ -243,7 +243,8 @@ def carry_on(
     def measure(optimizer: Optimizer, round_: int) -> Mapping[str, Any]:
         rows = optimizer.store.frame(round_)
         images = [optimizer.image(i) for i in rows["id"]]
-        return judged(judge, list(rows["id"]), images, list(rows["prompt"]))
+        seen = judged(judge, list(rows["id"]), images, list(rows["prompt"]))
+        return {**seen, "particles": settings.sampler.num_particles, **peak_memory(team.device)}
 
     try:
         result = run(optimizer, black_box, hooks=hooks, measure=measure)

@@ -51,7 +51,7 @@ class DirectSettings(Section):
     prompts: str = "simple_animals"  # a built-in list, a text file with one prompt a line, or texts: a cat | a bear
     prompt_template: str = "a {}"  # built-in lists hold nouns
     micro_batch: int = ranged(16, at_least(1))  # rows (queries x particles) per network call
-    tracker: Literal["none", "wandb", "tensorboard"] = "none"  # none, wandb or tensorboard
+    tracker: Literal["none", "wandb", "tensorboard", "trackio"] = "none"  # none, wandb, tensorboard or trackio
     project: str = "tiltopt"  # of the tracker
     device: str = "auto"  # "auto" = what accelerate gives the process
     prior: PriorSettings = field(default_factory=PriorSettings)

@@ -243,7 +243,7 @@ class Settings(Section):
         0, at_least(0)
     )  # the same where reference_samples is None and answers are free
     micro_batch: int = ranged(16, at_least(1))  # rows (queries x particles) per network call
-    tracker: Literal["none", "wandb", "tensorboard"] = "none"  # none, wandb or tensorboard
+    tracker: Literal["none", "wandb", "tensorboard", "trackio"] = "none"  # none, wandb, tensorboard or trackio
     project: str = "tiltopt"  # of the tracker
     device: str = "auto"  # "auto" = what accelerate gives the process
     prior: PriorSettings = field(default_factory=PriorSettings)
