@@ -83,7 +83,7 @@ class Recorder:
         self.told: dict[int, dict[str, Any]] = {}
 
     def log(self, values: dict[str, Any], step: int) -> None:
-        self.told[step] = values
+        self.told.setdefault(step, {}).update(values)
 
     def finish(self) -> None:
         pass
