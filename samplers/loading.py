@@ -26,6 +26,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from tiltopt.errors import PriorError
+from tiltopt.vision import why_not, with_words
 
 EMBEDDED = "embedded"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -74,7 +75,11 @@ def load_pipeline(path: str | Path, *, dtype: str = "float32", variant: str | No
                 loaded_as = torch.float32 if part == "vae" else precision
                 parts[part] = _load_network(library, kind, place, part, loaded_as, variant)
         try:
-            return getattr(diffusers, name).from_pretrained(folder, **parts)
+            made = getattr(diffusers, name).from_pretrained(folder, **parts)
+            for part in made.components.values():
+                if isinstance(part, transformers.PreTrainedTokenizerBase):
+                    with_words(part)
+            return made
         except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
             raise PriorError(f"the pipeline at {source!r} is incomplete or damaged: {_first_line(error)}") from error
 
@@ -157,12 +162,10 @@ def _index(source: str) -> Mapping[str, Any]:
     try:
         return dict(DiffusionPipeline.load_config(source, local_files_only=_offline()))
     except (OSError, ValueError) as error:
-        remedy = (
-            "HF_HUB_OFFLINE is set: unset it, or download the model first" if _offline() else "check name and network"
-        )
+        remedy = "HF_HUB_OFFLINE is set, which keeps the hub out" if _offline() else "check its name and the network"
         raise PriorError(
-            f"{source!r} is neither a folder here nor reachable on the Hugging Face hub; {remedy}, or use "
-            f"'embedded' ({_first_line(error)})"
+            f"{source!r} is neither a folder here nor reachable on the Hugging Face hub; {remedy}: "
+            f"{why_not(source, error)}; or use 'embedded'"
         ) from error
 
 

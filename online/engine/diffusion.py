@@ -137,6 +137,11 @@ class DiffusionEngine:
         """Names the feature map; a surrogate saved for another one is refused."""
         return self.feature_map.id
 
+    @property
+    def num_features(self) -> int:
+        """d of the feature map."""
+        return self.feature_map.dim
+
     # ------------------------------------------------------------------ drawing
 
     def look(self, x0: Tensor, prompts: Sequence[str]) -> Tensor:
