@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import reprlib
 import secrets
 import socket
 import time
@@ -29,7 +31,7 @@ from tiltopt.online.store.spool import NAME as SPOOL
 from tiltopt.online.store.store import Store
 from tiltopt.rewards.base import Answer, BlackBox
 from tiltopt.rewards.composition import Composition
-from tiltopt.rewards.replies import by_name
+from tiltopt.rewards.replies import by_name, known_spread
 
 log = logging.getLogger(__name__)
 
@@ -201,7 +203,7 @@ class Answering:
         elif not answer.failed:
             value = float(answer.value) + (noise(self.settings, number) if number > 0 else 0.0)
         kind = "infeasible" if answer.infeasible else "fault" if isinstance(answer, Fault) else None
-        failure = {} if value is not None else {"error": answer.reason, "failure": kind}
+        failure = {} if value is not None else {"error": str(answer.reason), "failure": kind}
         try:
             self.store.deliver(number, value, sem, said(answer), **failure, outcomes=outcomes)
         except StateError as error:  # another worker was faster
@@ -212,7 +214,9 @@ class Answering:
     def _outcomes(self, number: Any, answer: Answer) -> dict[str, tuple[float, float | None]]:
         """Of an answer of several numbers those that are objectives, each with its noise. Raises RewardError."""
         raw = answer.raw if isinstance(answer.raw, Mapping) else {}
-        found = outcomes_of(self.objectives, raw, raw.get("sem"))
+        told = raw.get("sem")
+        sems = {name: known_spread(sem) for name, sem in told.items()} if isinstance(told, Mapping) else None
+        found = outcomes_of(self.objectives, raw, sems)
         return {
             name: (value + (noise(self.settings, number, i) if number > 0 else 0.0), sem)
             for i, (name, (value, sem)) in enumerate(found.items())
@@ -239,6 +243,27 @@ class Answering:
             self.store.settle(self.runner.policy.grace_s)
 
 
+def trouble_of(store: Store, stop: Stop | None) -> str:
+    """What went wrong with the asking, for people: the black box is dead, or answered nothing; "" where nothing did.
+
+    Args:
+        stop: why the asking ended.
+    """
+    if stop is not None and stop.failed:
+        return stop.message
+    failed = store.in_state("failed")
+    if store.counts()["answered"] or not failed:
+        return ""
+    first = failed[0]
+    told = f"\n{first.raw}" if first.failure == "fault" and first.raw else ""
+    return f"nothing was answered: {len(failed)} queries failed, the first with: {first.error}{told}"
+
+
+def in_trouble(trouble: str, folder: Path) -> RewardError:
+    """The error of a run that went wrong so."""
+    return RewardError(f"{trouble}\nMend it, then ask again with `tiltopt retry {folder}`.")
+
+
 def _here() -> str:
     """How the names of this machine's working runs begin."""
     return f"{RUN}{socket.gethostname()}-"
@@ -256,8 +281,13 @@ def _lives(process: int) -> bool:
 
 
 def said(answer: Answer) -> str | None:
-    """What the black box said beyond the number, as text."""
-    return answer.raw if answer.raw is None or isinstance(answer.raw, str) else json.dumps(jsonable(answer.raw))
+    """What the black box said beyond the number, as text; shortened where it is no plain values."""
+    if answer.raw is None or isinstance(answer.raw, str):
+        return answer.raw
+    for write in (lambda raw: json.dumps(jsonable(raw)), reprlib.repr):
+        with contextlib.suppress(Exception):  # of whatever object: what is said beside a value keeps no value out
+            return write(answer.raw)
+    return type(answer.raw).__name__
 
 
 def noise(settings: Settings, *path: int) -> float:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from tiltopt.errors import ConfigError, RewardError
 from tiltopt.online import rounds
-from tiltopt.online.answering import WAIT_S, Answering
+from tiltopt.online.answering import WAIT_S, Answering, trouble_of
 from tiltopt.online.hooks import Hook
 from tiltopt.online.optimizer import Optimizer
 from tiltopt.online.pairs import Judging
@@ -270,14 +270,5 @@ class _Work:
 
     def result(self, stop: Stop | None) -> Result:
         """Every round as it was summarised, and whether all of them are done."""
-        trouble = stop.message if stop is not None and stop.failed else self._nothing()
-        return Result(stop is None, stop, ended(self.optimizer.folder, self.optimizer.store), trouble)
-
-    def _nothing(self) -> str:
-        """What to say of a run of which everything failed."""
-        counts, failed = self.optimizer.store.counts(), self.optimizer.store.in_state("failed")
-        if counts["answered"] or not failed:
-            return ""
-        first = failed[0]
-        told = f"\n{first.raw}" if first.failure == "fault" and first.raw else ""
-        return f"nothing was answered: {len(failed)} queries failed, the first with: {first.error}{told}"
+        folder, store = self.optimizer.folder, self.optimizer.store
+        return Result(stop is None, stop, ended(folder, store), trouble_of(store, stop))

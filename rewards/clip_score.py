@@ -6,7 +6,6 @@ A model is loaded once for all rewards that use it, and its settings are checked
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,9 @@ from torch.nn import functional as F
 
 from tiltopt.errors import ConfigError
 from tiltopt.rewards.base import Options, RewardOptionError, Score, check_prompts, require
-from tiltopt.vision import CLIPVision
+from tiltopt.vision import HUB_ID, CLIPVision
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,10 +17,18 @@ from typing import Any
 
 from torch import Tensor
 
-from tiltopt.errors import RewardError
 from tiltopt.rewards.base import Score
 from tiltopt.rewards.clip_score import ModelOptions, check_folder, cosine
-from tiltopt.rewards.weights import build, check_file, count, load_tokenizer, read_tensors
+from tiltopt.rewards.weights import (
+    build,
+    check_file,
+    check_heads,
+    check_words,
+    count,
+    load_tokenizer,
+    misfit,
+    read_tensors,
+)
 from tiltopt.vision import CLIPVision, Preprocess
 
 HEADS = 16
@@ -74,6 +82,7 @@ def build_score(options: HpsOptions) -> Score:
 
     tokenizer = load_tokenizer(CLIPTokenizer, options.tokenizer)
     model = from_open_clip(*read_tensors("checkpoint", options.checkpoint), tokenizer.eos_token_id)
+    check_words(tokenizer, model.config.text_config.vocab_size, options.checkpoint)
     size = model.config.vision_config.image_size
     device, dtype = options.place()
     preprocess = Preprocess(size, (size, size), edge="longest")
@@ -99,6 +108,7 @@ def from_open_clip(state: Mapping[str, Tensor], source: str, end: int) -> Any:
         width, _, patch, _ = state["visual.conv1.weight"].shape
         context, text_width = state["positional_embedding"].shape
         projection = state["text_projection"].shape[1]
+        check_heads({width: HEADS, text_width: HEADS})
         config = CLIPConfig(
             vision_config={
                 "hidden_size": width,
@@ -123,11 +133,9 @@ def from_open_clip(state: Mapping[str, Tensor], source: str, end: int) -> Any:
             },
             projection_dim=projection,
         )
-    except (KeyError, ValueError) as error:
-        raise RewardError(
-            f"`checkpoint`: expected the state dict of an OpenCLIP vision transformer in {source}, but it lacks "
-            f"{error}; give HPS_v2.1_compressed.pt."
-        ) from error
+    except (KeyError, ValueError, IndexError) as error:
+        expected = "the state dict of an OpenCLIP vision transformer"
+        raise misfit("checkpoint", source, expected, "HPS_v2.1_compressed.pt", error) from error
     return build("checkpoint", source, CLIPModel, config, _renamed(state))
 
 

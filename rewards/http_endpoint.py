@@ -22,6 +22,7 @@ from tiltopt.rewards.remote import (
     secret,
 )
 from tiltopt.rewards.remote import client as make_client
+from tiltopt.rewards.replies import known_spread
 
 VERSION = 1
 
@@ -145,9 +146,9 @@ def _read_answer(entry: dict[str, Any] | None) -> Answer:
     value, sem, error = entry.get("value"), entry.get("sem"), entry.get("error")
     if error:
         return Answer.failure(str(error)[:300], raw=entry)
-    if not _is_number(value) or not (sem is None or _is_number(sem)):
-        return Answer.failure(f"expected numbers as `value` and `sem`, got {str((value, sem))[:80]}", raw=entry)
-    return Answer(value, sem=sem, raw=entry)  # type: ignore[arg-type]
+    if not _is_number(value):
+        return Answer.failure(f"expected a number as `value`, got {str(value)[:80]!r}", raw=entry)
+    return Answer(value, sem=known_spread(sem), raw=entry)  # type: ignore[arg-type]
 
 
 def _is_number(value: Any) -> bool:

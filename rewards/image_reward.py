@@ -22,7 +22,16 @@ from tiltopt.errors import RewardError
 from tiltopt.rewards.aesthetic import Head, collapse, linear_layers
 from tiltopt.rewards.base import Score, check_prompts
 from tiltopt.rewards.clip_score import ModelOptions, check_folder
-from tiltopt.rewards.weights import build, check_file, count, load_tokenizer, read_tensors
+from tiltopt.rewards.weights import (
+    build,
+    check_file,
+    check_heads,
+    check_words,
+    count,
+    load_tokenizer,
+    misfit,
+    read_tensors,
+)
 from tiltopt.vision import Preprocess, check_images
 
 VISION_HEADS, TEXT_HEADS = 16, 12
@@ -75,6 +84,7 @@ def build_score(options: ImageRewardOptions) -> Score:
 
     vision, text, head = load(options.checkpoint)
     tokenizer = load_tokenizer(BertTokenizer, options.tokenizer)
+    check_words(tokenizer, text.config.vocab_size, options.checkpoint)
     device, dtype = options.place()
     for model in (vision, text):
         model.eval().requires_grad_(False).to(device=device, dtype=dtype)
@@ -155,10 +165,9 @@ def load(checkpoint: str) -> tuple[Any, Any, Head]:
             num_attention_heads=TEXT_HEADS,
             max_position_embeddings=len(read["embeddings.position_embeddings.weight"]),
         )
-    except (KeyError, ValueError) as error:
-        raise RewardError(
-            f"`checkpoint`: expected ImageReward's weights in {source}, but it lacks {error}; give ImageReward.pt."
-        ) from error
+        check_heads({width: VISION_HEADS, text_width: TEXT_HEADS})
+    except (KeyError, ValueError, IndexError) as error:
+        raise misfit("checkpoint", source, "ImageReward's weights", "ImageReward.pt", error) from error
     vision = build("checkpoint", source, BlipVisionModel, vision_config, _renamed(seen))
     text = build("checkpoint", source, BlipTextModel, text_config, read, add_pooling_layer=False)
     head = collapse("checkpoint", linear_layers("checkpoint", parts[HEAD], source), source)

@@ -104,10 +104,19 @@ def validate(name: str, options: Mapping[str, Any]) -> None:
     if isinstance(name, str) and ":" in name:
         custom.validate(name, options)
         return
-    parsed = parse_options(name, lookup(name).options, options)
-    if isinstance(parsed, composition.CompositionOptions):
-        for part in parsed.others:
-            validate(part.name, part.options)
+    parse_options(name, lookup(name).options, options)
+    for part in _parts(name, options):
+        validate(part.name, part.options)
+
+
+def _parts(name: str, options: Mapping[str, Any]) -> tuple[composition.Part, ...]:
+    """What a reward of the table is made of; () for one that is made of no others."""
+    entry = lookup(name)
+    if entry.combine is None:
+        return ()
+    parsed = parse_options(name, entry.options, options)
+    assert isinstance(parsed, composition.CompositionOptions)
+    return parsed.others
 
 
 def is_free(name: str, options: Mapping[str, Any]) -> bool:
@@ -118,12 +127,19 @@ def is_free(name: str, options: Mapping[str, Any]) -> bool:
     """
     if ":" in name:
         return False
-    entry = lookup(name)
-    if entry.combine is None:
-        return entry.free
-    parsed = parse_options(name, entry.options, options)
-    assert isinstance(parsed, composition.CompositionOptions)
-    return all(is_free(part.name, part.options) for part in parsed.others)
+    parts = _parts(name, options)
+    return all(is_free(part.name, part.options) for part in parts) if parts else lookup(name).free
+
+
+def own_code(name: str, options: Mapping[str, Any]) -> list[str]:
+    """The rewards of a user's own that a reward names, itself or among its parts: to make it is to execute them.
+
+    Raises:
+        RewardOptionError: unknown name, or impossible options.
+    """
+    if ":" in name:
+        return [name]
+    return [code for part in _parts(name, options) for code in own_code(part.name, part.options)]
 
 
 def parts_of(name: str, options: Mapping[str, Any]) -> list[str] | None:
@@ -134,12 +150,8 @@ def parts_of(name: str, options: Mapping[str, Any]) -> list[str] | None:
     """
     if ":" in name:
         return None
-    entry = lookup(name)
-    if entry.combine is None:
-        return None if not entry.free else []
-    parsed = parse_options(name, entry.options, options)
-    assert isinstance(parsed, composition.CompositionOptions)
-    return composition.keys(parsed.others)
+    parts = _parts(name, options)
+    return composition.keys(parts) if parts else [] if lookup(name).free else None
 
 
 def make_reward(name: str, **options: Any) -> BlackBox:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import numbers
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from tiltopt.rewards.base import Answer, BlackBox, FunctionReward
+
+log = logging.getLogger(__name__)
 
 SHAPE = "return a list with one float (or Answer) per image, in order, float('nan') for a failed evaluation."
 
@@ -77,12 +80,19 @@ def _answer(value: Any) -> Answer | None:
         number = _number(value.value)
         if number is None or (number == math.inf and value.error is None):
             return None
-        sem = None if value.sem is None else _number(value.sem)
-        if value.sem is not None and (sem is None or not math.isfinite(sem) or sem < 0):
-            return Answer.failure(f"the standard error must be at least 0 and finite, got {value.sem!r}", value.raw)
-        return replace(value, value=number, sem=sem)
+        return replace(value, value=number, sem=known_spread(value.sem))
     number = _number(value)
     return None if number is None or number == math.inf else Answer(number)
+
+
+def known_spread(sem: Any) -> float | None:
+    """A standard error as float; None, and a warning, for what is none: it costs no value that it came with."""
+    number = None if sem is None else _number(sem)
+    if sem is None or (number is not None and 0 <= number < math.inf):
+        return number
+    got = type(sem).__name__ if number is None else number
+    log.warning("a value is kept without its standard error: expected a number >= 0, got %s", got)
+    return None
 
 
 def _number(value: Any) -> float | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tiltopt.errors import RewardError
 from tiltopt.rewards.base import require
-from tiltopt.vision import no_progress_bar
+from tiltopt.vision import no_progress_bar, why_not, with_words
 
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 HUB_FILE = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+/[\w.+/-]+")
@@ -98,6 +98,28 @@ def build(option: str, source: str, cls: Any, config: Any, state: Mapping[str, T
     return model.eval().requires_grad_(False)
 
 
+def check_words(tokenizer: Any, known: int, source: str) -> None:
+    """Raises RewardError where a tokenizer has more tokens than the model that it belongs to."""
+    if len(tokenizer) > known:
+        raise RewardError(
+            f"`tokenizer`: expected at most the {known} tokens that the model in {source} knows, got {len(tokenizer)}; "
+            "give the tokenizer that the model was taught with."
+        )
+
+
+def check_heads(widths: Mapping[int, int]) -> None:
+    """Raises ValueError unless each width of a transformer is a multiple of its number of heads."""
+    for width, heads in widths.items():
+        if width % heads:
+            raise ValueError(f"a width of {width} is no multiple of {heads} heads")
+
+
+def misfit(option: str, source: str, expected: str, file: str, error: Exception) -> RewardError:
+    """What is told of tensors that are not those of the model they should be; `file` is the published one."""
+    why = f"it lacks {error}" if isinstance(error, KeyError) else f"its tensors have other shapes ({error})"
+    return RewardError(f"`{option}`: expected {expected} in {source}, but {why}; give {file}.")
+
+
 def load_tokenizer(cls: Any, source: str) -> Any:
     """A tokenizer of the transformers class `cls`, from a folder or a hub id.
 
@@ -105,11 +127,11 @@ def load_tokenizer(cls: Any, source: str) -> Any:
         RewardError: there is none.
     """
     try:
-        return cls.from_pretrained(source)
+        return with_words(cls.from_pretrained(source))
     except (OSError, ValueError, TypeError) as error:
         raise RewardError(
-            f"`tokenizer`: expected a {cls.__name__} at {source}, but it cannot be loaded ({type(error).__name__}: "
-            f"{str(error)[:200]}); give the path of a folder saved by {cls.__name__}.save_pretrained."
+            f"`tokenizer`: expected a {cls.__name__} at {source}, but it cannot be loaded: {why_not(source, error)}; a "
+            f"folder saved by {cls.__name__}.save_pretrained does as well."
         ) from error
 
 

@@ -27,6 +27,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from tiltopt.errors import PriorError
+from tiltopt.vision import why_not, with_words
 
 EMBEDDED = "embedded"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -43,7 +44,6 @@ SUPPORTED = (
 )
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # no picture is drawn with them
 _BUFFERS = ("position_ids",)  # older releases stored them; computed today
-_VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",), ("vocab.txt",))
 _DAMAGE = (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError)
 """What loaders raise at files that are not whole."""
 
@@ -79,11 +79,17 @@ def load_pipeline(path: str | Path, *, dtype: str = "float32", variant: str | No
                 parts[part] = _load_network(library, kind, place, part, loaded_as, variant)
         for part, entry in index.items():
             if part.startswith("tokenizer") and entry != [None, None]:
-                _check_tokenizer(folder / part, part)
-        if (folder / "scheduler").is_dir():
-            _check_scheduler(folder / "scheduler")
+                _config_of(folder / part / "tokenizer_config.json", part)
+        if (folder / "scheduler").is_dir() and "_class_name" not in _config_of(
+            folder / "scheduler" / "scheduler_config.json", "scheduler"
+        ):
+            raise PriorError(f"`scheduler` at {source!r} names no class; save it again, or download it anew")
         try:
-            return getattr(diffusers, name).from_pretrained(folder, **parts)
+            made = getattr(diffusers, name).from_pretrained(folder, **parts)
+            for part in made.components.values():
+                if isinstance(part, transformers.PreTrainedTokenizerBase):
+                    with_words(part)
+            return made
         except _DAMAGE as error:
             raise PriorError(f"the pipeline at {source!r} is incomplete or damaged: {_first_line(error)}") from error
 
@@ -174,12 +180,10 @@ def _index(source: str) -> Mapping[str, Any]:
     try:
         return dict(DiffusionPipeline.load_config(source, local_files_only=_offline()))
     except (OSError, ValueError) as error:
-        remedy = (
-            "HF_HUB_OFFLINE is set: unset it, or download the model first" if _offline() else "check name and network"
-        )
+        remedy = "HF_HUB_OFFLINE is set, which keeps the hub out" if _offline() else "check its name and the network"
         raise PriorError(
-            f"{source!r} is neither a folder here nor reachable on the Hugging Face hub; {remedy}, or use "
-            f"'embedded' ({_first_line(error)})"
+            f"{source!r} is neither a folder here nor reachable on the Hugging Face hub; {remedy}: "
+            f"{why_not(source, error)}; or use 'embedded'"
         ) from error
 
 
@@ -263,24 +267,12 @@ def _check_files(place: Path, part: str, variant: str | None) -> None:
         )
 
 
-def _check_tokenizer(place: Path, part: str) -> None:
-    """That a tokenizer's files are there: loaders make an empty vocabulary of missing ones, that knows no word."""
-    missing = [] if (place / "tokenizer_config.json").is_file() else ["tokenizer_config.json"]
-    if not any(all((place / name).is_file() for name in names) for names in _VOCABULARIES):
-        missing.append(" or ".join(" and ".join(names) for names in _VOCABULARIES))
-    if missing:
-        raise PriorError(f"`{part}` at {str(place)!r} is incomplete: it lacks {', '.join(missing)}; download it anew")
-
-
-def _check_scheduler(place: Path) -> None:
-    """That a scheduler's configuration says which it is: loaders make one of their defaults of an empty one."""
-    path = place / "scheduler_config.json"
+def _config_of(path: Path, part: str) -> dict[str, Any]:
+    """What a part's configuration says. PriorError where there is none: loaders make a part of defaults then."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PriorError(f"`scheduler` at {str(place)!r} is incomplete or damaged: {_first_line(error)}") from error
-    if not isinstance(config, dict) or "_class_name" not in config:
-        raise PriorError(f"`scheduler`: {path} names no scheduler (_class_name); save it again, or download it anew")
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise PriorError(f"`{part}`: {path} is missing or damaged ({_first_line(error)}); download it anew") from error
 
 
 def _offline() -> bool:

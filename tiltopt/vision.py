@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib.resources
 import json
+import re
 import weakref
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -27,7 +28,34 @@ from tiltopt.errors import ConfigError, PotentialError
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 RANGE_TOLERANCE = 1e-2
+HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+")
 _LOADED: weakref.WeakValueDictionary[tuple[str, str, torch.dtype], CLIPVision] = weakref.WeakValueDictionary()
+
+
+def why_not(source: str, error: Exception) -> str:
+    """Why a model at `source`, a folder or a hub id, was not loaded, and how one comes here without a network."""
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    if not HUB_ID.fullmatch(source) or Path(source).parent.is_dir():
+        return first if Path(source).exists() else "no such folder"
+    from huggingface_hub import constants
+
+    return (
+        f"the hub repository {source} is not whole in the cache {constants.HF_HUB_CACHE} and cannot be fetched "
+        f"({type(error).__name__}: {first}); where there is a network, run `hf download {source} --local-dir FOLDER`, "
+        "bring the folder here, and give its path"
+    )
+
+
+def with_words(tokenizer: Any) -> Any:
+    """The tokenizer itself.
+
+    Raises:
+        OSError: it has no vocabulary: from a folder or hub id without one, transformers 5 makes an empty tokenizer, to
+            which all prompts are the same.
+    """
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise OSError("no vocabulary (tokenizer.json, or the files that its class names) is there")
+    return tokenizer
 
 
 class VisionOutput(NamedTuple):
@@ -158,8 +186,8 @@ class CLIPVision:
                 loaded: Any = CLIPModel.from_pretrained(source, output_loading_info=True)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise ConfigError(
-                f'no CLIP model at `{source}`: {error}. Give "embedded", a folder saved by CLIPModel.save_pretrained, '
-                "or a hub id that is reachable or cached."
+                f'no CLIP model at `{source}`: {why_not(source, error)}. Expected "embedded", a folder saved by '
+                "CLIPModel.save_pretrained, or a hub id."
             ) from error
         model, info = loaded
         for found, fault in (("missing_keys", "are missing"), ("unexpected_keys", "have no place in its config.json")):
@@ -249,11 +277,11 @@ class CLIPVision:
         from transformers import CLIPTokenizer
 
         try:
-            return CLIPTokenizer.from_pretrained(self.source)
+            return with_words(CLIPTokenizer.from_pretrained(self.source))
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ConfigError(
-                f"`{self.source}` has no tokenizer, which prompt embeddings need: {error}. Save the model's "
-                "CLIPTokenizer into the same folder."
+                f"`{self.source}` has no tokenizer, which prompt embeddings need: {why_not(self.source, error)}. Save "
+                "the model's CLIPTokenizer into the same folder."
             ) from error
 
 

@@ -130,11 +130,11 @@ def estimate(cells: Sequence[Cell], rows: Sequence[Mapping[str, Any]]) -> str:
         return f"{told}; run one to know how long the others take"
 
     def rate(some: Sequence[Mapping[str, Any]]) -> float:
-        last = [row for row in some if METHODS[row["method"]].kind != "train"]
+        last = [row for row in some if not METHODS[row["method"]].together]
         ends = {
             (r["method"], r["reward"], r["seed"], r["variant"]): r for r in sorted(some, key=_strength) if r not in last
         }
-        counted = [*last, *ends.values()]  # a checkpoint's seconds and evaluations are of its whole training
+        counted = [*last, *ends.values()]  # seconds and evaluations of a job's last cell are of the whole job
         return sum(row["seconds"] for row in counted) / sum(row["evaluations"] * row["pictures"] for row in counted)
 
     hours = 0.0
@@ -149,11 +149,13 @@ def _strength(row: Mapping[str, Any]) -> float:
 
 
 def planned(cell: Cell) -> float:
-    """Evaluations per picture, about; of a training an equal part for each of its checkpoints."""
+    """Evaluations per picture, about; of a job that gives several cells an equal part for each."""
     method = METHODS[cell.method]
     if method.kind == "train":
         return EVALUATIONS * max(method.strengths) / len(method.strengths)
-    if method.kind == "number":
+    if method.kind == "chains":
+        return EVALUATIONS / len(method.strengths)
+    if method.kind == "noises":
         return EVALUATIONS * cell.strength / max(method.strengths)
     return EVALUATIONS if method.kind == "price" else EVALUATIONS / 12
 

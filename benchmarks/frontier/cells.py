@@ -39,7 +39,7 @@ TUNING, TUNING_SEED = "planted_tuning", 100
 """What settings are chosen on: another planted function, on prompts and seeds of its own."""
 PLAIN = 32
 """Plain samples whose deviation is the unit of a reward's price."""
-ROWS = 16
+ROWS = 32
 """Of a network call."""
 
 
@@ -60,9 +60,8 @@ class Cell(NamedTuple):
 
     @property
     def job(self) -> tuple[Any, ...]:
-        """Cells of one job are made together: the strengths of one training."""
-        trained = METHODS[self.method].kind == "train"
-        return self._replace(strength=0.0) if trained else self
+        """Cells of one job are made together."""
+        return self._replace(strength=0.0) if METHODS[self.method].together else self
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class Workshop:
     num_steps: int = 12
     dtype: str = "bfloat16"
     prompts: int = 4
-    pictures: int = 4
+    pictures: int = 3
 
     def fresh_prior(self) -> DiffusersPrior:
         """A prior that nobody else holds."""
@@ -140,11 +139,15 @@ class Workshop:
 
 def run_job(cells: Sequence[Cell], shop: Workshop) -> Iterator[dict[str, Any]]:
     """The lines of the cells of one job, each as soon as it is known, weakest first."""
-    if METHODS[cells[0].method].kind == "train":
-        yield from _train(sorted(cells, key=lambda cell: cell.strength), shop)
-        return
-    for cell in cells:
-        yield _draw(cell, shop)
+    cells = sorted(cells, key=lambda cell: cell.strength)
+    kind = METHODS[cells[0].method].kind
+    if kind == "train":
+        yield from _train(cells, shop)
+    elif kind == "chains":
+        yield from _best(cells, shop)
+    else:
+        for cell in cells:
+            yield _draw(cell, shop)
 
 
 def _draw(cell: Cell, shop: Workshop) -> dict[str, Any]:
@@ -174,6 +177,21 @@ def _draw(cell: Cell, shop: Workshop) -> dict[str, Any]:
     designs = made.designs[torch.arange(len(prompts)), picked]
     ess = float(made.ess.mean()) if cell.method not in ("prior", "guidance", "demon") else None
     return _line(cell, shop, designs, prompts, spent, time.process_time() - started, {"particles": number, "ess": ess})
+
+
+def _best(cells: Sequence[Cell], shop: Workshop) -> Iterator[dict[str, Any]]:
+    """The best by reward of the first so many of the same plain chains."""
+    first, started = cells[0], time.process_time()
+    prior, prompts, score = shop.prior, shop.words(first.seed), shop.rewards[first.reward]
+    sampler = dataclasses.replace(sampler_of(first.method, first.variant, first.strength), micro_batch=ROWS)  # type: ignore[type-var]
+    most = int(max(METHODS[first.method].strengths))
+    made = _sample(sampler, prior, lambda x, cond: score(x, cond.prompts), prompts, most, first.seed)
+    for cell in cells:
+        number = int(cell.strength)
+        designs = made.designs[torch.arange(len(prompts)), made.log_w[:, :number].argmax(1)]
+        spent = number * evaluations(sampler.work(prior), prior)  # type: ignore[attr-defined]
+        more = {"particles": number, "ess": None}
+        yield _line(cell, shop, designs, prompts, spent, time.process_time() - started, more)
 
 
 def _sample(

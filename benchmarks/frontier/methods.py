@@ -17,9 +17,9 @@ from tiltopt.samplers.prior import Prior
 from tiltopt.samplers.twisted import Tempered
 from tiltopt.samplers.work import Work, branches_of
 
-EVALUATIONS = 144
-"""Network evaluations per picture that every sampler may spend: 12 plain chains of 12 steps, or four particles of DAS
-as published."""
+EVALUATIONS = 108
+"""Network evaluations per picture that every sampler may spend: nine plain chains of 12 steps, or three particles of
+DAS as published, the fewest that its rule ever resamples."""
 
 PRICES = (0.5, 0.2, 0.08, 0.03, 0.01)
 """alpha, in standard deviations of the reward over plain samples per nat: the weak tilt first."""
@@ -31,8 +31,8 @@ class Method:
 
     Args:
         label: for people.
-        kind: "price" (the strengths are alpha), "number" (of chains or noises), "train" (training, as a share of what
-            the samplers spend on the whole cell), or "plain".
+        kind: "price" (the strengths are alpha), "chains" or "noises" (their number), "train" (training, as a share of
+            what the samplers spend on the whole cell), or "plain".
         strengths: at least five of them, weakest first.
         variants: settings to choose among on the tuning cells, by name; the first one where nothing was chosen.
     """
@@ -42,6 +42,11 @@ class Method:
     strengths: tuple[float, ...]
     variants: Mapping[str, Mapping[str, Any]]
 
+    @property
+    def together(self) -> bool:
+        """Whether one job gives every strength: the checkpoints of a training, or the first of many chains."""
+        return self.kind in ("train", "chains")
+
 
 PUBLISHED = DAS(
     tempering="exp", gradient="full", gradient_every=1, potential_every=1, max_shift=None, ess_threshold=0.5,
@@ -50,7 +55,7 @@ PUBLISHED = DAS(
 
 METHODS: dict[str, Method] = {
     "prior": Method("plain samples", "plain", (0.0,), {"": {}}),
-    "das": Method("DAS()", "price", PRICES, {"": {"sampler": DAS(pilot_chains=16)}}),
+    "das": Method("DAS()", "price", PRICES, {"": {"sampler": DAS(pilot_chains=12)}}),
     "das_published": Method("DAS as published", "price", PRICES, {"": {"sampler": PUBLISHED}}),
     "fk_steering": Method(
         "FK steering",
@@ -63,29 +68,29 @@ METHODS: dict[str, Method] = {
         },
     ),
     "tds": Method("TDS", "price", PRICES, {"": {"sampler": TDS()}}),
-    "best_of_n": Method("best-of-N", "number", (2, 3, 5, 8, 12), {"": {}}),
+    "best_of_n": Method("best-of-N", "chains", (2, 3, 4, 6, 9), {"": {}}),
     "guidance": Method(
-        "guidance (DPS), best of four",
+        "guidance (DPS), best of three",
         "price",
         PRICES,
         {"none": {"sampler": Guidance()}, "exp": {"sampler": Guidance(tempering="exp")}},
     ),
     "demon": Method(
         "Demon",
-        "number",
-        (2, 3, 5, 7, 9),
+        "noises",
+        (2, 3, 4, 5, 6),
         {"tanh": {"combine": "tanh"}, "boltzmann": {"combine": "boltzmann"}},
     ),
     "policy_gradient": Method(
         "policy gradient (DDPO), LoRA",
         "train",
-        (0.25, 0.5, 1, 2, 4),
+        (0.5, 1, 2, 4, 8),
         {"1e-3": {"rate": 1e-3}, "3e-3": {"rate": 3e-3}, "3e-4": {"rate": 3e-4}},
     ),
     "backpropagation": Method(
         "direct backpropagation, LoRA",
         "train",
-        (0.25, 0.5, 1, 2, 4),
+        (0.5, 1, 2, 4, 8),
         {
             "last_1e-3": {"rate": 1e-3, "depth": 1},
             "last_3e-3": {"rate": 3e-3, "depth": 1},

@@ -21,7 +21,7 @@ COLOURS = {
     "policy_gradient": "#009E73",
     "backpropagation": "#882255",
 }
-MARKS = {"price": "o", "number": "s", "train": "^", "plain": "*"}
+MARKS = {"price": "o", "chains": "s", "noises": "D", "train": "^", "plain": "*"}
 
 
 def draw(blocks: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -50,8 +50,8 @@ def _order(method: str, strength: float) -> float:
 def _against(rows: Sequence[Row], rival: str, reward: str) -> dict[str, Any]:
     """How much more the default keeps at the rival's rewards, over seeds; and how often it does not reach that far.
 
-    Within a seed, which shares prompts and noise, the default's fidelity (or diversity) at a rival's reward is read off
-    the line through its own points. Rewards below its weakest point are compared with plain samples as its first point.
+    Frontier against frontier: within a seed, which shares prompts and noise, what each of both keeps at the rewards of
+    the rival's points is read off the upper line through its own points and the plain samples.
     """
     found: dict[str, Any] = {}
     seeds = sorted({r["seed"] for r in rows if r["method"] == rival} & {r["seed"] for r in rows if r["method"] == OURS})
@@ -59,15 +59,16 @@ def _against(rows: Sequence[Row], rival: str, reward: str) -> dict[str, Any]:
         differences, beyond, points = [], 0, 0
         for seed in seeds:
             ours = [r for r in rows if r["seed"] == seed and r["method"] in (OURS, "prior") and r[what] is not None]
-            theirs = [r for r in rows if r["seed"] == seed and r["method"] == rival and r[what] is not None]
+            theirs = [r for r in rows if r["seed"] == seed and r["method"] in (rival, "prior") and r[what] is not None]
+            lines = [[(r["rewards"][reward], r[what]) for r in some] for some in (ours, theirs)]
             own = []
-            for row in theirs:
+            for row in (row for row in theirs if row["method"] == rival):
                 points += 1
-                value = at_reward([(r["rewards"][reward], r[what]) for r in ours], row["rewards"][reward])
-                if value is None:
+                mine, its = (at_reward(line, row["rewards"][reward]) for line in lines)
+                if mine is None or its is None:
                     beyond += 1
                 else:
-                    own.append(value - row[what])
+                    own.append(mine - its)
             if own:
                 differences.append(float(np.mean(own)))
         found[what] = interval(differences) | {"beyond": beyond, "points": points}

@@ -38,7 +38,7 @@ class ToyEngine:
     feature_id = "toy"
 
     def __init__(self, width: int, clock: Stopwatch) -> None:
-        self.width = width
+        self.width = self.num_features = width
         first = max(1, width // 6)
         self.blocks = (first, width - first)
         self.clock = clock

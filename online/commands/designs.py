@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from tiltopt.errors import ConfigError
+from tiltopt.online.commands.import_table import csv_of
 from tiltopt.online.evaluation.designs import OF_A_SET, Request, evaluate_designs
 from tiltopt.online.evaluation.picture_sets import load_sets
 from tiltopt.online.places import place_of
@@ -47,7 +48,7 @@ def evaluate_folders(options: argparse.Namespace) -> None:
         if options.json:
             write_json(Path(options.json), found)
         if options.csv:
-            content = long_table(found).to_csv(index=False).encode("utf-8")
+            content = csv_of(long_table(found))
             write_atomic(Path(options.csv), lambda file: file.write(content))
         print(designs_text(found))
         numbers = {m["name"]: {name: g["metrics"] for name, g in m["groups"].items()} for m in found["methods"]}

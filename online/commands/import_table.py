@@ -66,6 +66,12 @@ def unescaped(text: str) -> str:
     return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
 
 
+def csv_of(table: pd.DataFrame) -> bytes:
+    """A table as a CSV file of which a spreadsheet runs nothing."""
+    safe = table.rename(columns=escaped).map(lambda cell: escaped(cell) if isinstance(cell, str) else cell)
+    return safe.to_csv(index=False).encode("utf-8")
+
+
 def read_measurements(path: str | Path, objectives: Sequence[str] = ()) -> Measurements:
     """Reads and checks a table (CSV) of measurements.
 
@@ -155,7 +161,8 @@ def import_measurements(optimizer: Optimizer, found: Measurements, source: str) 
         outcomes = {
             q.number: {name: (found.outcomes[name][i], None) for name in names} for i, q in enumerate(new) if names
         }
-        store.add_round(record, new, optimizer.engine.feature_id, answers, outcomes)
+        width = getattr(optimizer.engine, "num_features", None)  # an engine of one's own need not tell
+        store.add_round(record, new, optimizer.engine.feature_id, answers, outcomes, width)
         optimizer.checkpoint()
     return len(new)
 
@@ -174,7 +181,7 @@ def _read(content: bytes) -> pd.DataFrame:
     """The table as text: `None` and `NA` are prompts like any other, and an empty cell is an empty text."""
     table = pd.read_csv(io.BytesIO(content), dtype=str, keep_default_na=False, skipinitialspace=True, header=None)
     names, rows = table.iloc[0], table.iloc[1:]  # pandas would rename a column that is there twice
-    return rows.reset_index(drop=True).set_axis([str(name) for name in names], axis=1)
+    return rows.reset_index(drop=True).set_axis([unescaped(str(name)) for name in names], axis=1)
 
 
 def _open(path: Path) -> Image.Image:

@@ -13,7 +13,7 @@ import torch
 from botorch.models.model import Model
 
 from tiltopt.errors import ConfigError, StoreError, SurrogateError
-from tiltopt.online.commands.import_table import escaped
+from tiltopt.online.commands.import_table import csv_of
 from tiltopt.online.places import place_of
 from tiltopt.online.report.numbers import STATES
 from tiltopt.online.report.pages import PER_ROUND, write_comparison, write_report
@@ -150,8 +150,7 @@ def export(folder: str | Path, target: str | Path, kind: str) -> int:
 
 def _write_table(frame: pd.DataFrame, target: Path, kind: str) -> None:
     if kind == "csv":
-        safe = frame.map(lambda cell: escaped(cell) if isinstance(cell, str) else cell)
-        content = safe.to_csv(index=False).encode("utf-8")
+        content = csv_of(frame)
     else:  # text is text also in a column that happens to be empty, whose type could not be told
         objects = [name for name in frame if frame[name].dtype == object]
         text = [name for name in objects if all(isinstance(value, str) for value in frame[name].dropna())]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +26,7 @@ from tiltopt.online.settings.validation import validated
 from tiltopt.online.store.files import read_json, write_json
 from tiltopt.online.store.run_folder import database_of, is_shared
 from tiltopt.online.team import Team
+from tiltopt.rewards import own_code
 from tiltopt.samplers.diffusers_prior import load_prior
 from tiltopt.samplers.loading import on_this_machine
 from tiltopt.samplers.prior import Prior
@@ -137,7 +139,9 @@ def _duration(seconds: float) -> str:
 # ---------------------------------------------------------------- trust
 
 
-def check_trust(folder: str | Path, reward: str, *, trust: bool = False) -> None:
+def check_trust(
+    folder: str | Path, reward: str, options: Mapping[str, Any] | None = None, *, trust: bool = False
+) -> None:
     """Refuse to execute code that somebody else's folder names.
 
     A reward of one's own, `module:function`, is Python code that the run's folder names; continuing the run executes
@@ -146,20 +150,24 @@ def check_trust(folder: str | Path, reward: str, *, trust: bool = False) -> None
 
     Args:
         reward: its name.
+        options: of it; the parts of a composed reward name code, too.
         trust: the user says so now.
 
     Raises:
         ConfigError: not the user's folder, and never trusted.
     """
-    if ":" not in reward or _is_mine(place_of(folder)):
+    code = own_code(reward, options or {}) if reward else []
+    if not code or _is_mine(place_of(folder)):
         return
     place, known = str(place_of(folder).resolve()), read_json(_trusted_file(), {})
+    unknown = [name for name in code if name not in known.get(place, [])]
     if trust:
-        write_json(_trusted_file(), known | {place: [*known.get(place, []), reward]})
-    elif reward not in known.get(place, []):
+        write_json(_trusted_file(), known | {place: [*known.get(place, []), *unknown]})
+    elif unknown:
         raise ConfigError(
-            f"{folder} names the code of its reward, {reward!r}, and is not a folder of yours: going on would execute "
-            "that code. Read it; then say once --trust, which is remembered for this folder and reward."
+            f"{folder} names the code of its reward, {', '.join(map(repr, unknown))}, and is not a folder of yours: "
+            "going on would execute that code. Read it; then say once --trust, which is remembered for this folder and "
+            "reward."
         )
 
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tiltopt.errors import ConfigError, RewardError, StoreError, SurrogateError
+from tiltopt.errors import ConfigError, StoreError, SurrogateError
+from tiltopt.online.answering import in_trouble, trouble_of
 from tiltopt.online.commands.preflight import check_trust, start_line
 from tiltopt.online.engine.saved import newest_surrogate
 from tiltopt.online.evaluation.judge import judge_of, judged
@@ -20,7 +21,7 @@ from tiltopt.online.places import place_of
 from tiltopt.online.queries import EXTRA_KINDS, maximised
 from tiltopt.online.report.front import UNIT as MERIT
 from tiltopt.online.report.gain import curve_table, evaluation_table
-from tiltopt.online.report.numbers import peak_memory_mb
+from tiltopt.online.report.numbers import peak_memory, peak_memory_mb
 from tiltopt.online.report.pages import write_report
 from tiltopt.online.report.record import ended, load_run, summarise
 from tiltopt.online.report.text import round_table
@@ -29,7 +30,7 @@ from tiltopt.online.report.tracking import make_tracking
 from tiltopt.online.settings.objectives import objectives_of
 from tiltopt.online.settings.prompts import load_prompts
 from tiltopt.online.settings.run import Settings, differences
-from tiltopt.online.settings.source import Source, how_to_go_on, refusal
+from tiltopt.online.settings.source import Source, how_to_go_on, presumed, refusal
 from tiltopt.online.settings.validation import validated
 from tiltopt.online.signals import terminated_as_interrupted
 from tiltopt.online.store.files import is_run, write_json
@@ -97,6 +98,7 @@ def resume(
     permitted = allow_change or [line.split(":")[0] for line in wanted.changes]
     config = wanted.settings if wanted.changes else None
     with Optimizer.open(folder, team=team, config=config, allow_change=permitted or None) as optimizer:
+        on_main(team, lambda: _check_code(folder, optimizer.settings, reward, trust))
         settings = validated(optimizer.settings)
         if settings.prior.fingerprint:
             raise ConfigError(
@@ -104,7 +106,6 @@ def resume(
                 f"Optimizer.open({str(folder)!r}, prior=pipe)."
             )
         source = Source.of(settings.reward)
-        on_main(team, lambda: check_trust(folder, source.name, trust=trust or reward == source.name))
         on_main(team, lambda: optimizer.answers_from(source, allow_change=allow_change))
         if again:
             print(f"{on_main(team, lambda: ask_again(optimizer))} of {folder} are asked again", flush=True)
@@ -125,11 +126,12 @@ def work(folder: str | Path, *, reward: str | None = None, trust: bool = False) 
 
     Raises:
         ConfigError: see `tiltopt.online.loop.work`; or the answers come from somebody else.
+        RewardError: nothing was answered, or the black box is dead.
     """
     folder = place_of(folder)
     settings = _answered_by(folder, reward).settings
     source = Source.of(settings.reward)
-    check_trust(folder, source.name, trust=trust or reward == source.name)
+    _check_code(folder, settings, reward, trust)
     black_box = make_reward(settings.reward.name, **settings.reward.options)
     progress = Progress(settings.rounds + 1, unit=black_box.unit)
     with Optimizer.open(folder) as optimizer:
@@ -138,7 +140,16 @@ def work(folder: str | Path, *, reward: str | None = None, trust: bool = False) 
             stop = answer_for_others(optimizer, black_box, hooks=progress)
         finally:
             progress.close()
+        trouble = trouble_of(optimizer.store, stop)
+    if trouble:
+        raise in_trouble(trouble, folder)
     print("stopped early: " + stop.message if stop is not None else f"{folder} is complete", flush=True)
+
+
+def _check_code(folder: Path, settings: Settings, reward: str | None, trust: bool) -> None:
+    """`check_trust` for the reward of a run; code that the user names is trusted."""
+    own = settings.reward
+    check_trust(folder, own.name, own.options, trust=trust or (":" in own.name and reward == own.name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +243,8 @@ def carry_on(
     def measure(optimizer: Optimizer, round_: int) -> Mapping[str, Any]:
         rows = optimizer.store.frame(round_)
         images = [optimizer.image(i) for i in rows["id"]]
-        return judged(judge, list(rows["id"]), images, list(rows["prompt"]))
+        seen = judged(judge, list(rows["id"]), images, list(rows["prompt"]))
+        return {**seen, "particles": settings.sampler.num_particles, **peak_memory(team.device)}
 
     try:
         result = run(optimizer, black_box, hooks=hooks, measure=measure)
@@ -258,7 +270,7 @@ def _finish(optimizer: Optimizer, result: Result, unit: str, seconds: float) -> 
         print(f"\nstopped early: {result.stop.message}; {optimizer.go_on()}.")
     print(f"\nreport: {report}", flush=True)
     if result.trouble:
-        raise RewardError(f"{result.trouble}\nMend it, then ask again with `tiltopt retry {folder}`.")
+        raise in_trouble(result.trouble, folder)
 
 
 def _best_kind(optimizer: Optimizer) -> str | None:
@@ -296,9 +308,8 @@ def evaluate(
     """
     newest = newest_surrogate(place_of(surrogate))
     if settings is None:
-        with Optimizer.open(newest.parent, read_only=True) as optimizer:
-            own = optimizer.settings
-        check_trust(newest.parent, own.reward.name, trust=trust)
+        own = _taught_by(newest.parent)
+        check_trust(newest.parent, own.reward.name, own.reward.options, trust=trust)
         place, held_out = own.run_dir.rstrip("/") + "_evaluate", "held_out_animals"
         taught = set(load_prompts(own.prompts))
         seen = own.prompts if taught.isdisjoint(load_prompts(held_out)) else ""
@@ -307,6 +318,24 @@ def evaluate(
     given = {key: value for key, value in (("rounds", rounds), ("seeds", seeds)) if value is not None}
     evaluated = dataclasses.replace(settings.evaluate, surrogate=str(surrogate), **given)  # type: ignore[arg-type]
     start(dataclasses.replace(settings, evaluate=evaluated), named=False)
+
+
+def _taught_by(folder: Path) -> Settings:
+    """The settings of a run whose surrogates are to be evaluated by the reward that taught them.
+
+    Raises:
+        ConfigError: no reward did, or nobody knows which.
+    """
+    with Optimizer.open(folder, read_only=True) as optimizer:
+        settings = optimizer.settings
+        source = presumed(optimizer.source(), optimizer.told() > 0, settings.reward)
+    if source is None or source.kind != "reward":
+        raise ConfigError(
+            f"the answers of {folder} come from {source or 'an unknown source'}, and only they can say what its "
+            "surrogates are worth; name the reward that is to answer the evaluation with --config FILE.py:PRESET "
+            "--config.reward.name=NAME."
+        )
+    return settings
 
 
 def _evaluate(settings: Settings, team: Team) -> None:

@@ -35,12 +35,12 @@ from tiltopt.online.engine import memory
 from tiltopt.online.engine.images import to_images
 from tiltopt.online.places import place_of
 from tiltopt.online.report.record import BESIDE, DIRECT
-from tiltopt.online.runner import CallPolicy, Runner
+from tiltopt.online.runner import CallPolicy, Fault, Runner, Stop
 from tiltopt.online.seeds import generator, query_seed
 from tiltopt.online.settings.cost import Cost, budgeted, in_words, steps_of
 from tiltopt.online.settings.samplers import make_sampler, select_rule
 from tiltopt.online.settings.validation import check_path, check_sampler, check_tracker
-from tiltopt.online.store.files import image_path, write_atomic, write_image, write_json
+from tiltopt.online.store.files import image_path, read_json, write_atomic, write_images, write_json
 from tiltopt.online.team import Team, on_main
 from tiltopt.rewards.base import Answer, BlackBox
 from tiltopt.rewards.differentiable import has_gradient, make_differentiable
@@ -248,13 +248,37 @@ def make_runner(settings: DirectSettings, team: Team, box: BlackBox) -> Runner:
     return Runner(box, replace(policy, **shares))
 
 
-def score(runner: Runner, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-    """The reward of every image; NaN where there is none, because it failed or a budget ended."""
+class Scored(NamedTuple):
+    """What the reward said of pictures: an answer each, a failure where a budget ended before, and why it ended."""
+
+    answers: list[Answer]
+    stop: Stop | None
+
+    @property
+    def values(self) -> list[float]:
+        """NaN where there is none."""
+        return [float(answer) for answer in self.answers]
+
+    @property
+    def trouble(self) -> str:
+        """What went wrong, for people: the black box is dead, or answered nothing; "" where nothing did."""
+        if self.stop is not None and self.stop.failed:
+            return self.stop.message
+        if not self.answers or not all(answer.failed for answer in self.answers):
+            return ""
+        first = self.answers[0]
+        told = f"\n{first.raw}" if isinstance(first, Fault) and first.raw else ""
+        return f"nothing was answered of {len(self.answers)} images, the first with: {first.reason}{told}"
+
+
+def score(runner: Runner, images: Sequence[Image.Image], prompts: Sequence[str]) -> Scored:
+    """The reward of every image."""
     found: dict[Any, Answer] = {}
     stop = runner.run([(i, *item) for i, item in enumerate(zip(images, prompts, strict=True))], found.__setitem__)
-    if stop is not None:
+    if stop is not None and not stop.failed:
         warnings.warn(stop.message, stacklevel=2)
-    return [float(found[i]) if i in found else math.nan for i in range(len(images))]
+    unasked = Answer.failure(stop.message if stop is not None else "")
+    return Scored([found.get(i, unasked) for i in range(len(images))], stop)
 
 
 def _potential(settings: DirectSettings, runner: Runner) -> Potential:
@@ -290,7 +314,7 @@ def _claim(folder: Path, settings: DirectSettings) -> None:
     """The folder with its configuration; one that holds other settings is refused."""
     path = folder / "config.json"
     told = dict.fromkeys(("tracker", "project"))  # which say nothing of what is drawn
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings.to_dict()
+    known = read_json(path, settings.to_dict())
     if json.dumps(known | told, sort_keys=True) != json.dumps(settings.to_dict() | told, sort_keys=True):
         raise ConfigError(
             f"`run_dir`: {folder} holds samples of other settings; name another folder with --config.run_dir."
@@ -307,19 +331,22 @@ def _save(
     runner: Runner,
     started: float,
 ) -> dict[str, Any]:
-    """Everything that was drawn, scored; returns the summary."""
-    values = score(runner, [d.image for d in drawn], prompts)
-    plain = score(runner, beside, prompts[: len(beside)])
+    """Everything that was drawn, which is kept before it is scored; returns the summary.
+
+    Raises:
+        RewardError: the black box is dead, or answered nothing.
+    """
+    images = [*(d.image for d in drawn), *beside]
+    write_images({image_path(folder, i): image for i, image in enumerate(images, start=1)})
+    scored = score(runner, images, [*prompts, *prompts[: len(beside)]])
+    values, plain = scored.values[: len(drawn)], scored.values[len(drawn) :]
     results: list[dict[str, Any]] = []
     trace: list[dict[str, Any]] = []
     for i, (d, value) in enumerate(zip(drawn, values, strict=True)):
-        write_image(image_path(folder, i + 1), d.image)
         ess = float(torch.exp(-torch.logsumexp(2 * d.log_w, dim=0)))
         row = _row(settings, prompts[i], i, i + 1, value)
         results.append(row | {"picked": d.picked, "ess": ess, "log_z": _number(float(d.log_z))})
         trace += [{"image": i + 1} | {k: _number(v) for k, v in line.items()} for line in d.trace]
-    for i, image in enumerate(beside):
-        write_image(image_path(folder, len(drawn) + i + 1), image)
     others = [_row(settings, prompts[i], i, len(drawn) + i + 1, value) for i, value in enumerate(plain)]
     for name, lines in ((DIRECT, results), ("trace.jsonl", trace), (BESIDE, others)):
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -331,7 +358,10 @@ def _save(
     }
     write_atomic(folder / "samples.safetensors", lambda file: file.write(save(tensors)))
     unit = runner.black_box.unit
-    return show(folder, settings, [d.image for d in drawn], beside, unit, time.monotonic() - started)
+    summary = show(folder, settings, images[: len(drawn)], beside, unit, time.monotonic() - started)
+    if scored.trouble:
+        raise RewardError(f"{scored.trouble}\nEverything that was drawn is in {folder}.")
+    return summary
 
 
 def _row(settings: DirectSettings, prompt: str, i: int, image: int, value: float) -> dict[str, Any]:

@@ -27,6 +27,11 @@ class Engine(Protocol):
         """Names the feature map; stored with the run and with every surrogate."""
         ...
 
+    @property
+    def num_features(self) -> int:
+        """d, the length of the feature vectors."""
+        ...
+
     def draw_plain(self, asks: Sequence[Ask], on_step: OnStep | None = None) -> list[Drawn]:
         """Plain samples of the prior, or of what an ask starts from, in order, on every rank.
 

@@ -35,7 +35,6 @@ from tiltopt.online.settings.objectives import objectives_of
 from tiltopt.online.settings.prompts import load_prompts, prompt_of
 from tiltopt.online.settings.run import FeatureSettings, Settings
 from tiltopt.online.settings.samplers import make_loop_sampler, select_rule
-from tiltopt.online.settings.validation import check_sampler
 from tiltopt.online.team import Team
 from tiltopt.samplers import Pilot, PriorOnly, Sampler, Samples, StepInfo
 from tiltopt.samplers.diffusers_prior import DiffusersPrior, load_prior
@@ -45,7 +44,7 @@ from tiltopt.samplers.restart import level_of
 from tiltopt.samplers.smc import Lineage
 from tiltopt.samplers.twisted import Tempered
 from tiltopt.surrogates.acquisition import ACQUISITIONS
-from tiltopt.surrogates.features import FeatureMap, make_features
+from tiltopt.surrogates.features import FeatureMap, LatentEncoder, make_features
 from tiltopt.surrogates.io import load, packed
 from tiltopt.surrogates.preference import fit_pairwise
 from tiltopt.surrogates.several import SeveralModel
@@ -105,7 +104,6 @@ class DiffusionEngine:
         if prior is not None:
             self.__dict__["prior"] = held = held_prior(prior, settings.prior)
             self.settings = replace(settings, prior=named(settings.prior, held))
-            check_sampler(self.settings.sampler, self.settings.prior)
             self.team = team or Team(device=torch.device(held.device))
         self._rows, self._settled = RowLimit(settings.micro_batch), False
 
@@ -121,10 +119,15 @@ class DiffusionEngine:
         return load_prior(s.path, **s.arguments(), device=self.team.device)
 
     @cached_property
+    def encoder(self) -> LatentEncoder:
+        """Pictures -> latents."""
+        return encoder_of(self.prior)
+
+    @cached_property
     def feature_map(self) -> FeatureMap:
         """Designs and prompts -> features."""
         s = self.settings.features
-        encoder = encoder_of(self.prior) if needs(s.kind) & {"latents", "network"} else None
+        encoder = self.encoder if needs(s.kind) & {"latents", "network"} else None
         return make_features(s.path, s.kind, s.prompt_features, self.team.device, encoder, getattr(torch, s.dtype))
 
     def seen_by(self, features: FeatureSettings) -> DiffusionEngine:
@@ -138,6 +141,11 @@ class DiffusionEngine:
     def feature_id(self) -> str:
         """Names the feature map; a surrogate saved for another one is refused."""
         return self.feature_map.id
+
+    @property
+    def num_features(self) -> int:
+        """d of the feature map."""
+        return self.feature_map.dim
 
     # ------------------------------------------------------------------ drawing
 
@@ -159,19 +167,12 @@ class DiffusionEngine:
         }
 
     def _settle(self) -> None:
-        """Rows and levers that fit, where the settings leave them to the device; once per process. Collective.
-
-        Raises:
-            ConfigError: a prior that was handed over makes other designs than pictures.
-        """
-        if self._settled:
-            return
-        encoder_of(self.prior)
-        self._settled = True
-        if self.settings.prior.memory != "auto":
+        """Rows and levers that fit, where the settings leave them to the device; once per process. Collective."""
+        self.encoder  # noqa: B018  where designs are no pictures, this says so
+        if self.settings.prior.memory != "auto" or self._settled:
             return
         chosen = memory.settle(self._folder, self.team, self.prior, **self.what_is_tried())
-        self.settings = replace(self.settings, micro_batch=chosen.micro_batch)
+        self.settings, self._settled = replace(self.settings, micro_batch=chosen.micro_batch), True
         self._rows = RowLimit(chosen.micro_batch)
 
     def draw_plain(self, asks: Sequence[Ask], on_step: OnStep | None = None) -> list[Drawn]:
@@ -250,8 +251,7 @@ class DiffusionEngine:
     def _plain(self, asks: Sequence[Ask], on_step: OnStep | None) -> list[Drawn]:
         groups = self._deal(asks, self.settings.micro_batch)
         tick = self._counter(on_step, groups)
-        out = [drawn for group in groups for drawn in self._plain_group(group, tick)]
-        return self.team.collect(out, len(asks))
+        return self.team.collect([drawn for group in groups for drawn in self._plain_group(group, tick)], len(asks))
 
     def _plain_group(self, group: Sequence[tuple[int, Ask]], tick: StepCounter) -> list[tuple[int, Drawn]]:
         plain = PriorOnly(micro_batch=self._rows)

@@ -24,11 +24,11 @@ from tiltopt.online.evaluation.diversity import vendi_score as vendi
 from tiltopt.online.evaluation.judge import Judge, scored
 from tiltopt.online.evaluation.lpips import LPIPS, mean_distance
 from tiltopt.online.evaluation.picture_sets import PictureSet
+from tiltopt.online.runner import Runner
 from tiltopt.online.store.files import read_image
 from tiltopt.online.team import Team
 from tiltopt.rewards import make_reward, validate
-from tiltopt.rewards.base import BlackBox
-from tiltopt.rewards.replies import read_reply
+from tiltopt.rewards.base import Answer
 from tiltopt.vision import CLIPVision
 
 BATCH = 16
@@ -109,7 +109,7 @@ def evaluate_designs(sets: Sequence[PictureSet], request: Request, team: Team | 
     clip = request.clip or next((found.clip for found in sets if found.clip), None) or "embedded"
     tower = CLIPVision.load(clip, device=team.device) if request.diversity or by == "clip" else None
     judge = Judge.load() if by == "judge" else None
-    boxes = {name: make_reward(name, **_options(request, name, clip)) for name in request.rewards}
+    boxes = {name: Runner(make_reward(name, **_options(request, name, clip))) for name in request.rewards}
     distance = LPIPS.load(*request.lpips).to(team.device) if request.lpips else None
     measured = [_measure(found, tower, judge, boxes, team) for found in sets]
     size = min(map(len, sets))
@@ -141,7 +141,7 @@ def evaluate_designs(sets: Sequence[PictureSet], request: Request, team: Team | 
     return {
         "kind": "designs",
         "target": {"name": sets[0].reward, "unit": sets[0].unit} if len(same) == 1 and sets[0].reward else None,
-        "rewards": {name: box.unit for name, box in boxes.items()},
+        "rewards": {name: runner.black_box.unit for name, runner in boxes.items()},
         "fidelity_by": by,
         "clip": tower.id if tower is not None else None,
         "diversity": {"pictures": size, "truncation": truncation} if request.diversity else None,
@@ -168,7 +168,7 @@ def _options(request: Request, name: str, clip: str) -> dict[str, Any]:
 
 
 def _measure(
-    found: PictureSet, tower: CLIPVision | None, judge: Judge | None, boxes: Mapping[str, BlackBox], team: Team
+    found: PictureSet, tower: CLIPVision | None, judge: Judge | None, boxes: Mapping[str, Runner], team: Team
 ) -> Measured:
     """All of a set's pictures, looked at in batches that are dealt to the processes."""
     batches = [range(i, min(i + BATCH, len(found))) for i in range(0, len(found), BATCH)]
@@ -195,24 +195,23 @@ def _measure(
 
 
 def _scores(
-    box: BlackBox, images: Sequence[Image.Image], prompts: Sequence[str | None], found: PictureSet
+    runner: Runner, images: Sequence[Image.Image], prompts: Sequence[str | None], found: PictureSet
 ) -> list[float]:
-    """What a reward says of the pictures; NaN where it fails."""
-    out: list[float] = []
-    size = max(1, box.batch_size)
-    texts = [prompt or "" for prompt in prompts]
-    for start in range(0, len(images), size):
-        some = list(images[start : start + size])
-        try:
-            reply = box(some, texts[start : start + size])
-        except RewardError as error:
-            missing = "" if all(prompts) else f" {_where_prompts(found)}"
-            raise RewardError(f"{found.folder}: {error}{missing}") from error
-        answers, problems = read_reply(box.name, reply, len(some))
-        if problems:
-            raise RewardError(problems[0])
-        out += [math.nan if answer is None else float(answer) for answer in answers]
-    return out
+    """What a reward says of the pictures; NaN where it fails.
+
+    Raises:
+        RewardError: it cannot be used, or is dead.
+    """
+    answers: dict[Any, Answer] = {}
+    items = [(i, image, prompt or "") for i, (image, prompt) in enumerate(zip(images, prompts, strict=True))]
+    try:
+        stop = runner.run(items, answers.__setitem__)
+    except RewardError as error:
+        missing = "" if all(prompts) else f" {_where_prompts(found)}"
+        raise RewardError(f"{found.folder}: {error}{missing}") from error
+    if stop is not None:
+        raise RewardError(f"{found.folder}: {stop.message}")
+    return [float(answers[i]) for i in range(len(images))]
 
 
 def _embed(tower: CLIPVision, images: Sequence[Image.Image]) -> Tensor:

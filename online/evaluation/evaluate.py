@@ -20,7 +20,7 @@ from botorch.models.model import Model
 
 from tiltopt.errors import ConfigError, RewardError
 from tiltopt.online import rounds
-from tiltopt.online.answering import SCALE, Answering
+from tiltopt.online.answering import SCALE, Answering, in_trouble, trouble_of
 from tiltopt.online.engine.base import Engine
 from tiltopt.online.engine.saved import chosen_surrogates
 from tiltopt.online.evaluation.curve import HELD_OUT, SEEN, Layout, curve, long_table
@@ -282,6 +282,7 @@ def _finish(
     if stop is None:  # what is in the store is all there will be
         for hook in make_tracking(run.settings, run.folder, rounds=written):
             hook.close()
-    elif stop.failed:
-        raise RewardError(stop.message)
+    trouble = trouble_of(run.store, stop)
+    if trouble:
+        raise in_trouble(trouble, run.folder)
     return summary

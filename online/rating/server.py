@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -36,7 +36,7 @@ def make_app(session: Session, token: str, extra: tuple[BaseRoute, ...] = ()) ->
     return web.application([*routes(session, web.Door(token, "tiltopt rate")), *extra])
 
 
-def routes(session: Session, door: web.Door, home: str = "") -> list[BaseRoute]:
+def routes(session: Session, door: web.Door, tabs: Sequence[tuple[str, str]] = ()) -> list[BaseRoute]:
     """The page and its interface.
 
     `GET /` the page, `GET /state` what to show, `GET /best` the best answers so far, `GET /image/{id}` a picture, and,
@@ -48,12 +48,12 @@ def routes(session: Session, door: web.Door, home: str = "") -> list[BaseRoute]:
     Args:
         session: the run, and who rates it.
         door: who is let in.
-        home: address of the page that this one belongs to.
+        tabs: name and address of the pages that this one belongs to, itself and `#refine` of it included.
     """
 
     async def show(request: Request) -> Response:
         values: dict[str, Any] = {"nonce": door.nonce, "low": session.scale.low, "high": session.scale.high}
-        values |= {"folder": session.optimizer.folder.name, "pairs": session.pairs, "home": home}
+        values |= {"folder": session.optimizer.folder.name, "pairs": session.pairs, "tabs": tabs, "here": ""}
         return door.page(render(values, "rate.html.j2", "tiltopt.online.rating"))
 
     async def picture(request: Request) -> Response:

@@ -13,7 +13,7 @@ from tiltopt.online.report.numbers import interval
 from tiltopt.online.report.record import RunRecord, summarise
 from tiltopt.online.settings.run import flat
 
-COLUMNS = ["run", "answers", "prior mean", "last mean", "best", "best-of-N", "fidelity", "ESS", "nats", "seconds"]
+COLUMNS = "run,answers,prior mean,last mean,lift,best,best-of-N,fidelity,ESS,nats,seconds".split(",")
 PROMPTS = 8  # prompts of which every run shows a picture
 OWN = ("run_dir", "project")
 """Settings that differ between any two runs and tell nothing."""
@@ -119,6 +119,7 @@ def _cells(summary: Mapping[str, Any], places: int) -> list[str]:
     numbers = [
         (summary["prior"].get("mean"), places),
         (last.get("mean"), places),
+        (last.get("mass_lift"), 1),
         (best, places),
         (summary.get("best_of_n"), places),
         (last.get("fidelity"), 2),

@@ -26,7 +26,9 @@ SECTIONS: dict[str, Sequence[tuple[str, Sequence[str]]]] = {
         ("promise less answer", ("calibration/mean_gap", "calibration/optimism_gap")),
     ),
     "What a round costs": (
-        ("effective particles", ("ess_mean", "ess_median")),
+        ("effective particles, of how many", ("ess_mean", "ess_median", "particles")),
+        ("nats per query", ("nats_mean",)),
+        ("memory, MiB", ("peak_memory_mb", "gpu_peak_memory_mb")),
         ("seconds: drawing, answering", ("ask_seconds", "answer_seconds")),
         ("answered, failed", ("states/answered", "states/failed")),
     ),

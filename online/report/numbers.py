@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy import stats
 
 from tiltopt.online.queries import RoundRecord
@@ -162,6 +163,14 @@ def peak_memory_mb() -> float:
     """Largest resident set of this process, or of its largest finished child, so far; MiB."""
     scale = 1024.0 if sys.platform != "darwin" else 1024.0**2  # Linux counts in KiB, macOS in bytes
     return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / scale
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """`peak_memory_mb`, and `gpu_peak_memory_mb` of a CUDA device: the most that its tensors took so far, MiB."""
+    found = {"peak_memory_mb": peak_memory_mb()}
+    if device.type == "cuda":
+        found["gpu_peak_memory_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
+    return found
 
 
 def own_peak_memory_mb() -> float:

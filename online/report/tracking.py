@@ -1,8 +1,9 @@
-"""Numbers of a run over its rounds: `metrics.jsonl` in its folder always, wandb or tensorboard when asked for."""
+"""Numbers of a run over its rounds: `metrics.jsonl` in its folder always, and a tracker that is asked for."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -11,6 +12,8 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
+
+from tqdm import tqdm
 
 from tiltopt.online.hooks import Hook
 from tiltopt.online.places import at_address, local_folder, place_of
@@ -30,6 +33,9 @@ from tiltopt.online.store.files import (
 
 SECRET = re.compile(r"(^|_)(api_?key|access_?key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
 HIDDEN = "(hidden)"
+
+WANDB, TRACKIO = "wandb.json", "trackio.json"
+"""Files of a run in which the ids are kept that these trackers know it by."""
 
 SHOWN = ("id", "prompt", "value", "predicted", "predicted_sd", "state", "seed")
 """Columns of the table of a round's queries, beside the image."""
@@ -100,22 +106,28 @@ class TrackerHook(Hook):
         self.tracker = tracker
 
     def on_round_end(self, summary: Mapping[str, Any]) -> None:
-        if int(summary["round"]) >= 0:
-            with unharmed():
-                self.tracker.log(scalars(summary) | self.media(summary), step=int(summary["round"]))
+        number = int(summary["round"])
+        if number < 0:
+            return
+        with unharmed():
+            self.tracker.log(scalars(summary), step=number)
+        with unharmed():
+            self.show(number, summary)
 
-    def media(self, summary: Mapping[str, Any]) -> dict[str, Any]:
-        """What a tracker shows beside the numbers of a round."""
-        return {}
+    def show(self, number: int, summary: Mapping[str, Any]) -> None:
+        """What a tracker is given of a round beside its numbers."""
 
     def close(self) -> None:
-        with unharmed():
+        with unharmed(), silence():
             self.tracker.finish()
 
 
 class WandbHook(TrackerHook):
-    """wandb shows of each round its queries as a table with pictures, and histograms of answers and predictions; it
-    keeps the surrogate that drew it as an artifact.
+    """wandb shows of each round its queries as a table with pictures, and histograms of answers and predictions.
+
+    It keeps three kinds of artifacts, each of which says what it was made from: the `queries` so far, the `surrogate`
+    that drew a round (from the queries of the rounds before), and what an `evaluation` found (of a surrogate). Where
+    the run is not offline, wandb is told the same as the input of the run, which it draws as lineage.
 
     Args:
         tracker: a started `WandBTracker`.
@@ -126,12 +138,11 @@ class WandbHook(TrackerHook):
         super().__init__(tracker)
         self.folder = folder
 
-    def media(self, summary: Mapping[str, Any]) -> dict[str, Any]:
+    def show(self, number: int, summary: Mapping[str, Any]) -> None:
         import wandb
 
         if not any((self.folder / name).exists() for name in ("queries.sqlite", "store.json", DIRECT)):
-            return {}
-        number = int(summary["round"])
+            return
         record = load_run(self.folder)
         rows = record.queries[record.queries["round"] == number].head(MOST)
         table = wandb.Table(columns=["image", *SHOWN])
@@ -145,22 +156,71 @@ class WandbHook(TrackerHook):
             values = rows[column].astype(float).dropna()
             if len(values):
                 found[name] = wandb.Histogram(values.tolist())
+        self.tracker.log(found, step=number)
+        if "evaluation" in summary:
+            self._keep_evaluation(number, summary, dict(record.settings["evaluate"]))
+            return
         self._keep_surrogate(number, summary)
-        return found
+        asked = record.queries[record.queries["round"] <= number]
+        told = {"round": number, "queries": len(asked)}
+        self._keep("queries", number, told, {"queries.csv": asked.to_csv(index=False).encode()})
 
     def _keep_surrogate(self, number: int, summary: Mapping[str, Any]) -> None:
-        import wandb
-
-        place = round_folder(self.folder, number)
+        place, run = round_folder(self.folder, number), self.tracker.tracker
         if not (place / "surrogate.json").is_file():
             return
-        run = self.tracker.tracker
         told = {"round": number, "queries": summary.get("queries"), **(summary.get("surrogate") or {})}
-        artifact = wandb.Artifact(f"surrogate-{run.id}", type="surrogate", metadata=told)
-        for name in ("surrogate.json", "surrogate.safetensors"):
+        files = {name: (place / name).read_bytes() for name in ("surrogate.json", "surrogate.safetensors")}
+        self._keep("surrogate", number, told, files, made_from=f"queries-{run.id}:round-{number - 1}")
+
+    def _keep_evaluation(self, number: int, summary: Mapping[str, Any], evaluated: Mapping[str, Any]) -> None:
+        """What was found of a surrogate, which another run of wandb may have kept."""
+        place, of_round = place_of(evaluated["surrogate"]), int(summary["surrogate_round"])
+        known = [read_json(folder / WANDB, {}).get("id") for folder in (place, place.parent)]
+        own = next((id for id in known if id), None)
+        made_from = str(place) if own is None else f"surrogate-{own}:round-{of_round}"
+        text = json.dumps(jsonable(summary["evaluation"]), indent=1).encode()
+        told = {"round": of_round, **scalars(summary["evaluation"])}
+        self._keep("evaluation", number, told, {"evaluation.json": text}, made_from=made_from, use=own is not None)
+
+    def _keep(
+        self,
+        kind: str,
+        number: int,
+        told: Mapping[str, Any],
+        files: Mapping[str, bytes],
+        *,
+        made_from: str = "",
+        use: bool = True,
+    ) -> None:
+        """Log an artifact of a round.
+
+        Args:
+            kind: its type, and the beginning of its name.
+            told: its metadata.
+            files: name -> content.
+            made_from: name and alias of the artifact that it was made from; "" for none.
+            use: whether wandb may know that one.
+        """
+        import wandb
+
+        run = self.tracker.tracker
+        if made_from and use and not run.offline:
+            with unharmed():
+                run.use_artifact(made_from)
+        source = {"made_from": made_from} if made_from else {}
+        artifact = wandb.Artifact(f"{kind}-{run.id}", type=kind, metadata={**told, **source})
+        for name, content in files.items():
             with artifact.new_file(name, "wb") as file:
-                file.write((place / name).read_bytes())
-        run.log_artifact(artifact, aliases=[f"round-{number}"])
+                file.write(content)
+        logged = run.log_artifact(artifact, aliases=[f"round-{number}"])
+        if kind == "queries" and not run.offline:
+            logged.wait()  # the next round's surrogate names it
+
+
+def silence() -> contextlib.AbstractContextManager[Any]:
+    """Inside, what a tracker prints of itself is not shown."""
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 @contextlib.contextmanager
@@ -193,7 +253,8 @@ def make_tracking(
     written last, so that what has a line has gone everywhere.
 
     wandb runs offline unless WANDB_API_KEY or WANDB_MODE is set, and a resumed run continues the same wandb run
-    (its id is in `wandb.json`). Secrets are hidden from whatever is sent.
+    (its id is in `wandb.json`); trackio keeps a database of its own (`TRACKIO_DIR`). Secrets are hidden from whatever
+    is sent.
 
     Args:
         settings: of the run; `tracker` and `project` are used.
@@ -202,7 +263,7 @@ def make_tracking(
         main: whether this process writes.
 
     Raises:
-        ConfigError: the tracker's package is not installed.
+        ConfigError: the tracker's package is not installed. One that cannot be started is told of in a warning.
     """
     if not main:
         return []
@@ -210,8 +271,10 @@ def make_tracking(
     metrics = MetricsFile(folder / "metrics.jsonl")
     hooks: list[Hook] = []
     if settings.tracker != "none":
-        tracker = _start(settings.tracker, settings.project, folder, settings.to_dict())
-        hooks.append(WandbHook(tracker, folder) if settings.tracker == "wandb" else TrackerHook(tracker))
+        check_tracker(settings.tracker)
+        with unharmed():
+            tracker = _start(settings.tracker, settings.project, folder, settings.to_dict())
+            hooks.append(WandbHook(tracker, folder) if settings.tracker == "wandb" else TrackerHook(tracker))
     hooks.append(metrics)
     for summary in metrics.missing(rounds):
         for hook in hooks:
@@ -258,42 +321,68 @@ def log_once(name: str, project: str, folder: Path, config: Mapping[str, Any], n
     """
     if name == "none":
         return
+    check_tracker(name)
     local_folder(folder).mkdir(parents=True, exist_ok=True)
-    tracker = _start(name, project, folder, config)
     with unharmed():
+        tracker = _start(name, project, folder, config)
         tracker.log(scalars(numbers), step=0)
-    TrackerHook(tracker).close()
+        TrackerHook(tracker).close()
 
 
 def _start(name: str, project: str, folder: Path, config: Mapping[str, Any]) -> Any:
-    check_tracker(name)
-    from accelerate import PartialState
-    from accelerate.tracking import TensorBoardTracker, WandBTracker
+    """A started tracker of accelerate, which says in one line where its numbers go."""
+    from accelerate import PartialState, tracking
 
     PartialState()  # accelerate's trackers ask it which process they are in
     if name == "wandb":
-        tracker: Any = WandBTracker(project, **wandb_options(folder))
+        tracker: Any = tracking.WandBTracker(project, **wandb_options(folder))
+    elif name == "trackio":
+        options = {"name": f"{folder.name}-{identity(folder / TRACKIO)}", "resume": "allow"}
+        tracker = tracking.TrackioTracker(project, **options)
     else:
-        tracker = TensorBoardTracker("tensorboard", logging_dir=str(local_folder(folder)))
-    tracker.start()
-    tracker.store_init_configuration(_told(hide_secrets(config)))
+        tracker = tracking.TensorBoardTracker("tensorboard", logging_dir=str(local_folder(folder)))
+    with silence():
+        tracker.start()
+        tracker.store_init_configuration(_told(hide_secrets(config)))
+    tqdm.write(_where(name, project, folder, tracker))  # above the bars of a terminal
     return tracker
+
+
+def _where(name: str, project: str, folder: Path, tracker: Any) -> str:
+    """Where a tracker's numbers go, and how they are looked at."""
+    if name == "trackio":
+        return f"trackio: project {project!r}; `trackio show --project {project}` shows it"
+    if name == "tensorboard":
+        return f"tensorboard: `tensorboard --logdir {local_folder(folder)}` shows it"
+    if tracker.tracker.offline:
+        return f"wandb: offline; `wandb sync {Path(tracker.tracker.dir).parent}` uploads it"
+    return f"wandb: {tracker.tracker.url}"
+
+
+def identity(path: Path, given: str | None = None) -> str:
+    """The id under which a tracker knows a run, kept in a file of it.
+
+    Args:
+        path: of the file; made when it is not there.
+        given: the id that somebody else chose.
+    """
+    known = read_json(path, {}).get("id")
+    if not known or (given and given != known):
+        known = given or uuid.uuid4().hex[:12]
+        write_json(path, {"id": known})
+    return str(known)
 
 
 def wandb_options(folder: Path) -> dict[str, Any]:
     """Arguments of `wandb.init`: the id of a resumed run or of one of a sweep, offline without an account, files in the
     folder."""
-    known = read_json(folder / "wandb.json", {})
     given = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None  # by the agent of a sweep
-    if not known.get("id") or (given and given != known["id"]):
-        known = {"id": given or uuid.uuid4().hex[:12]}
-        write_json(folder / "wandb.json", known)
     options: dict[str, Any] = {
-        "id": known["id"],
+        "id": identity(folder / WANDB, given),
         "name": folder.name,
         "dir": str(local_folder(folder)),
         "resume": "allow",
-        "settings": {"console": "off"},
+        "settings": {"console": "off", "silent": True},
     }
     if not any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_SWEEP_ID")):
         options["mode"] = "offline"

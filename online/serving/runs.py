@@ -101,10 +101,11 @@ class Runs:
 
 def row(key: str, name: str, seen: Seen) -> dict[str, Any]:
     """What the list says of a run: `key`, `name`, `state`, `budget` (answers of those planned), and as text `reward`,
-    `best`, `last` (mean of the last round), `lift` (that minus the prior's mean), `trouble`; `rated`: whether a person
+    `best`, `last` (mean of the last round), `gain` (that minus the prior's mean), `lift` (share of the last round above
+    the prior's 95th percentile, over 5 %), `trouble`; `rated`: whether a person
     can rate it from here; `picture`: of the best answer that is recognised, as a `data:` address."""
     record = seen.record
-    blank = dict.fromkeys(("reward", "budget", "best", "last", "lift", "unit", "picture"), "")
+    blank = dict.fromkeys(("reward", "budget", "best", "last", "gain", "lift", "unit", "picture"), "")
     if record is None:
         return blank | {"key": key, "name": name, "state": "not readable", "trouble": seen.trouble, "rated": False}
     summary = summarise(record)
@@ -121,7 +122,8 @@ def row(key: str, name: str, seen: Seen) -> dict[str, Any]:
         "budget": f"{summary['answered']} of {planned}" if planned else str(summary["answered"]),
         "best": charts.number(max((round_["best"] for round_ in rounds), default=None), places),
         "last": charts.number(last, places),
-        "lift": "–" if last is None or prior is None else f"{last - prior:+.{places}f}",
+        "gain": "–" if last is None or prior is None else f"{last - prior:+.{places}f}",
+        "lift": charts.number(rounds[-1].get("mass_lift") if rounds else None, 1),
         "trouble": f"{summary['failed']} failed" if summary["failed"] else "",
         "rated": rateable(record),
         "picture": (gallery.hero(record, places, "") or {"uri": ""})["uri"],

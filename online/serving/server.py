@@ -28,12 +28,24 @@ from tiltopt.online.rating.session import PairRating, Rating, Session
 from tiltopt.online.report import comparison_page, evaluation_page, run_page
 from tiltopt.online.report.page import render
 from tiltopt.online.report.pages import PER_ROUND
+from tiltopt.online.report.record import RunRecord
 from tiltopt.online.serving.runs import Runs, compared, rateable
 
 EVERY_S = 1.5
 """Seconds between two looks at the files of a run."""
 
 ROOM = "tiltopt.online.serving"
+REPORT = "report"
+"""Name of the first tab of a run."""
+
+
+def tabs(key: str, record: RunRecord) -> tuple[tuple[str, str], ...]:
+    """Name and address of each page of a run: its report, and where a person answers, rating and refining."""
+    base = f"/runs/{key}/"
+    if not rateable(record):
+        return ((REPORT, base),)
+    pairs = dict(record.settings.get("model", {})).get("name") == "pairwise"
+    return (REPORT, base), ("pairs" if pairs else "rate", f"{base}rate/"), ("refine", f"{base}rate/#refine")
 
 
 class Sessions:
@@ -62,7 +74,8 @@ class Sessions:
                     raise ConfigError("the answers of this run do not come from a person; it is read-only here.")
                 optimizer = self._opening(place)
                 session = PairRating(optimizer) if optimizer.settings.pairwise else Rating(optimizer)
-                self._open[key] = session, Starlette(routes=rating_routes(session, self.door, home="/"))
+                routes = rating_routes(session, self.door, tabs(key, seen.record))
+                self._open[key] = session, Starlette(routes=routes)
             return self._open[key][1]
 
     def close(self) -> list[Path]:
@@ -94,14 +107,14 @@ def make_app(runs: Runs, token: str, sessions: Sessions | None = None) -> Starle
     sessions = sessions or Sessions(door)
 
     def shown(template: str, values: Mapping[str, Any], stamp: str, events: str, room: str = ROOM) -> Response:
-        live = {"nonce": door.nonce, "stamp": stamp, "events": events, "home": "/"}
+        live = {"nonce": door.nonce, "stamp": stamp, "events": events, "tabs": (), "here": ""}
         return door.page(render({**live, **values}, template, room))
 
     async def listing(request: Request) -> Response:
         def answer() -> Response:
             stamp = runs.stamp()
             values = {"title": "Runs", "lead": str(runs.folder.resolve()), "folder": runs.folder.name}
-            return shown("runs.html.j2", values | {"runs": runs.rows(), "home": ""}, stamp, "/events")
+            return shown("runs.html.j2", values | {"runs": runs.rows()}, stamp, "/events")
 
         return await run_in_threadpool(answer)
 
@@ -114,7 +127,7 @@ def make_app(runs: Runs, token: str, sessions: Sessions | None = None) -> Starle
             if record is None:
                 raise ConfigError(runs.seen(key).trouble)
             kind, template = (evaluation_page, "evaluation") if record.evaluation else (run_page, "report")
-            values = kind.context(record, PER_ROUND) | {"rate": "rate/" if rateable(record) else ""}
+            values = kind.context(record, PER_ROUND) | {"tabs": tabs(key, record), "here": REPORT}
             return shown(f"{template}.html.j2", values, stamp, f"/events?run={key}")
 
         return await _told(answer)
@@ -124,7 +137,8 @@ def make_app(runs: Runs, token: str, sessions: Sessions | None = None) -> Starle
 
         def answer() -> Response:
             stamp = runs.stamp()
-            return shown("comparison.html.j2", comparison_page.context(compared(runs, keys)), stamp, "/events")
+            values = comparison_page.context(compared(runs, keys)) | {"here": "comparison"}
+            return shown("comparison.html.j2", values, stamp, "/events")
 
         return await _told(answer)
 

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from tiltopt.errors import ConfigError
 from tiltopt.kinds import DEFAULT_KIND, parse_kind
+from tiltopt.online.queries import MOST
 from tiltopt.online.settings.renamed import refuse_old_names
 from tiltopt.options import Range, above, at_least, between, check_fields, ranged, unknown_key
 
@@ -225,8 +226,8 @@ class Settings(Section):
     run_dir: str = "checkpoints/run"  # folder of the run
     seed: int = ranged(0, at_least(0))  # of everything random
     rounds: int = ranged(4, at_least(0))  # after round 0
-    batch_size: int = ranged(16, at_least(1))  # queries per round
-    initial_batch_size: int = ranged(64, at_least(2))  # queries of round 0, plain samples; a surrogate needs data
+    batch_size: int = ranged(16, between(1, MOST))  # queries per round
+    initial_batch_size: int = ranged(64, between(2, MOST))  # queries of round 0, plain samples; a surrogate needs data
     prompts: str = "simple_animals"  # a built-in list, a text file with one prompt a line, or texts: a cat | a bear
     prompt_template: str = "a {}"  # built-in lists hold nouns; "an" before a vowel is put right
     good_prompt_template: str = ""  # a second template ...
@@ -242,7 +243,7 @@ class Settings(Section):
         0, at_least(0)
     )  # the same where reference_samples is None and answers are free
     micro_batch: int = ranged(16, at_least(1))  # rows (queries x particles) per network call
-    tracker: Literal["none", "wandb", "tensorboard"] = "none"  # none, wandb or tensorboard
+    tracker: Literal["none", "wandb", "tensorboard", "trackio"] = "none"  # none, wandb, tensorboard or trackio
     project: str = "tiltopt"  # of the tracker
     device: str = "auto"  # "auto" = what accelerate gives the process
     prior: PriorSettings = field(default_factory=PriorSettings)
@@ -298,6 +299,8 @@ def check_text(settings: Any) -> None:
         raise ConfigError(
             "`prompts`: expected the name of a prompt list, a text file with one prompt a line, or texts, got ''."
         )
+    if any("\ud800" <= letter <= "\udfff" for letter in settings.prompts):
+        raise ConfigError(f"`prompts`: expected texts, got one with half of a surrogate pair: {settings.prompts!r}.")
     check_template("prompt_template", settings.prompt_template)
 
 

@@ -68,7 +68,8 @@ def check_sampler(sampler: SamplerSettings, prior: PriorSettings) -> None:
 
 def check_tracker(name: str) -> None:
     """Whether the package of a tracker is there. Raises ConfigError."""
-    packages = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX")}.get(name, ())
+    known = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX"), "trackio": ("trackio",)}
+    packages = known.get(name, ())
     if packages and not any(importlib.util.find_spec(package) for package in packages):
         raise ConfigError(
             f"`tracker`: expected an installed tracker, got {name!r}, whose package is missing. Install it with "

@@ -26,7 +26,7 @@ from tiltopt.online.store import books
 from tiltopt.online.store.books import Budget
 from tiltopt.online.store.database import Change, Database
 from tiltopt.online.store.features import matrix
-from tiltopt.online.store.rows import FAILED_DESIGN
+from tiltopt.online.store.rows import FAILED_DESIGN, row_key
 from tiltopt.online.store.schema import comparisons, features, queries, rounds
 from tiltopt.online.store.spool import Entry
 
@@ -295,7 +295,7 @@ class Comparisons:
 
     def _find(self, c: Connection, id: int | None) -> Row[Any]:
         query = select(comparisons).where(self._mine, comparisons.c.outcome != "asked")
-        query = query.where(comparisons.c.undone == 0) if id is None else query.where(comparisons.c.id == id)
+        query = query.where(comparisons.c.undone == 0) if id is None else query.where(comparisons.c.id == row_key(id))
         row = c.execute(query.order_by(comparisons.c.revision.desc(), comparisons.c.id.desc()).limit(1)).first()
         if row is None:
             raise StoreError("there is no comparison to take back." if id is None else f"unknown comparison {id}.")

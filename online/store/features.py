@@ -103,7 +103,7 @@ def check_vectors(new: Sequence[NewQuery], stored_bytes: int | None) -> None:
 
     Args:
         new: queries about to be entered.
-        stored_bytes: length of the vectors that the run has; None when it has none.
+        stored_bytes: length that the run's vectors have; None when that is not known.
 
     Raises:
         StoreError: vectors of another length, or with a number that is not finite; it names the query.
@@ -112,8 +112,8 @@ def check_vectors(new: Sequence[NewQuery], stored_bytes: int | None) -> None:
     for query in new:
         if len(query.vector) != width:
             raise StoreError(
-                f"query {query.number} has {len(query.vector) // 4} features, expected {(width or 0) // 4} as for the "
-                "other queries of the run; measure with the run's own feature map. Nothing was stored."
+                f"query {query.number} has {len(query.vector) // 4} features, expected {(width or 0) // 4} as the "
+                "run's own feature map gives; measure with that. Nothing was stored."
             )
     if not new:
         return

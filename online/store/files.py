@@ -120,7 +120,8 @@ def _put(contents: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
 def write_json(path: Path, tree: Any) -> None:
     """Plain values as readable JSON, atomically; see `jsonable`."""
     text = json.dumps(jsonable(tree), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomic(path, lambda file: file.write(text.encode("utf-8")))
+    content = text.encode("utf-8", "backslashreplace")  # half a surrogate pair, as JSON writes it
+    write_atomic(path, lambda file: file.write(content))
 
 
 def jsonable(tree: Any) -> Any:

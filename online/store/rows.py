@@ -18,7 +18,7 @@ from tiltopt.online.store import books
 from tiltopt.online.store.books import parts
 from tiltopt.online.store.database import Database
 from tiltopt.online.store.features import FeatureCache, matrix
-from tiltopt.online.store.schema import features, queries, rounds, runs
+from tiltopt.online.store.schema import WORKER, features, queries, rounds, runs
 
 REFERENCE = -1
 """The round of the reference samples."""
@@ -357,8 +357,10 @@ def worker_name(worker: Any) -> str:
     """The name of a worker.
 
     Raises:
-        StoreError: it is empty, or no text.
+        StoreError: it is empty, no text, or longer than what is stored of it, so that two could be taken for one.
     """
-    if not isinstance(worker, str) or not worker.strip():
-        raise StoreError(f"expected the name of a worker, which nobody else has, got {worker!r}.")
+    if not isinstance(worker, str) or not worker.strip() or len(worker) > WORKER:
+        raise StoreError(
+            f"expected the name of a worker, which nobody else has, in at most {WORKER} characters, got {worker!r}."
+        )
     return worker

@@ -36,6 +36,9 @@ the answers, revisions, the asker. 4: where a query was started from (operator, 
 cost (nats). 5: answers of several numbers (outcomes). 6: the best of several (choice).
 """
 
+WORKER = 128
+"""Characters of a worker's name."""
+
 
 class Words(TypeDecorator[str]):
     """Text that every database can encode; a length is a limit beyond which it is cut."""
@@ -160,7 +163,7 @@ queries = Table(
     Column("error", Words),
     Column("failure", String(16)),  # infeasible: the answer was NaN or -inf; fault: there was none; NULL: not known
     Column("raw", Words),  # what the black box said beyond the number, or its traceback
-    Column("worker", Words(128)),  # who was handed the query
+    Column("worker", Words(WORKER)),  # who was handed the query
     Column("heard_at", Float(53)),  # the worker's last sign of life, seconds since the epoch by the database's clock
     Column("changed_at", Float(53), nullable=False),  # of the last change of state; for people
     *_paid(),

@@ -131,6 +131,7 @@ class Store(Rows):
         feature_id: str,
         answers: Mapping[int, tuple[float, float | None]] | None = None,
         outcomes: Mapping[int, Outcomes] | None = None,
+        num_features: int | None = None,
     ) -> None:
         """Enter a round, its queries and their features in one transaction.
 
@@ -141,6 +142,7 @@ class Store(Rows):
             feature_id: which feature map made the vectors; one per run.
             answers: value and standard error by number, for measurements that come with their answers.
             outcomes: of several objectives, beside these.
+            num_features: of the feature map, where the vectors are not its own work; None takes the first ones' length.
 
         Raises:
             StoreError: another writer has been here; features of another map, of another length, or not finite.
@@ -149,7 +151,7 @@ class Store(Rows):
 
         def act(c: Connection, change: Change) -> None:
             self._check_next(c, record, [q.number for q in new])
-            self._check_features(c, new, feature_id)
+            self._check_features(c, new, feature_id, num_features)
             self._enter_round(c, record, moment)
             if new:
                 rows = [self._query_row(record.round, q, moment, change.revision, answers or {}) for q in new]
@@ -175,7 +177,7 @@ class Store(Rows):
                 "writer has been here. Open the run again."
             )
 
-    def _check_features(self, c: Connection, new: Sequence[NewQuery], feature_id: str) -> None:
+    def _check_features(self, c: Connection, new: Sequence[NewQuery], feature_id: str, width: int | None) -> None:
         known = c.execute(select(runs.c.feature_id).where(runs.c.id == self.run_id)).scalar()
         if known is None:
             c.execute(update(runs).where(runs.c.id == self.run_id).values(feature_id=feature_id))
@@ -184,7 +186,7 @@ class Store(Rows):
                 f"the run's features come from {known!r}, got {feature_id!r}; open it with the same features."
             )
         stored = select(func.length(features.c.vector)).where(features.c.run_id == self.run_id).limit(1)
-        check_vectors(new, c.execute(stored).scalar())
+        check_vectors(new, c.execute(stored).scalar() or (None if width is None else 4 * width))
 
     def _enter_round(self, c: Connection, record: RoundRecord, moment: float) -> None:
         values = asdict(record) | {"run_id": self.run_id, "asked_at": moment}

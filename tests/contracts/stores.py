@@ -227,6 +227,8 @@ class StoreContract:
             asked.comparisons.undo()
         with pytest.raises(StoreError, match="comparison 1 was taken back already"):
             asked.comparisons.undo(1)
+        with pytest.raises(StoreError, match="unknown comparison"):
+            asked.comparisons.undo(10**30)
         assert asked.comparisons.add(4, 1) == 3, "numbers are never used again"
         frame = asked.comparisons.frame()
         assert frame[["id", "round", "winner", "loser", "outcome"]].values.tolist() == [[3, 0, 4, 1, "win"]]
@@ -553,7 +555,7 @@ class StoreContract:
         asked.answer(1, 0.5)
         assert asked.heartbeat("ann") == 0
 
-    @pytest.mark.parametrize("name", [None, "", "  ", 3])
+    @pytest.mark.parametrize("name", [None, "", "  ", 3, "w" * 129])
     def test_a_worker_has_a_name(self, asked: Store, name: Any) -> None:
         for act in (lambda: asked.claim(name, 1), lambda: asked.heartbeat(name), lambda: asked.release(name)):
             with pytest.raises(StoreError, match="expected the name of a worker"):

@@ -32,6 +32,7 @@ class FakeEngine:
     """
 
     feature_id = "toy"
+    num_features = WIDTH
     num_steps = 10  # of the chain that it claims to have
 
     def __init__(self, team: Team | None = None, seed: int = 0) -> None:

@@ -72,7 +72,9 @@ def make_store(folder: Path, queries: pd.DataFrame) -> None:
                 answers[row.id] = (row.value, None)
         notes = ("alpha raised to 0.03: predictions were too high",) if number == 2 else ()
         kind = "tilted" if number else "plain"
-        record = RoundRecord(int(number), kind, len(batch), notes=notes, ask_seconds=20.0, answer_seconds=1.5)
+        paid = {"alpha": 0.04, "nats": 1.5} if number else {}
+        times = {"ask_seconds": 20.0, "answer_seconds": 1.5}
+        record = RoundRecord(int(number), kind, len(batch), notes=notes, **times, **paid)
         store.add_round(record, new, "toy", answers)
     for row in queries[queries["state"] == "failed"].itertuples():
         store.fail(row.id, row.error)
@@ -91,7 +93,8 @@ def make_run(folder: Path, queries: pd.DataFrame | None = None, side: int = 64) 
     for number in sorted(queries["round"].unique()):
         place = folder / f"round_{number:03d}"
         place.mkdir()
-        (place / "summary.json").write_text(json.dumps({"round": int(number), "fidelity": 0.9}))
+        measured = {"fidelity": 0.9, "particles": 4, "peak_memory_mb": 900.0, "gpu_peak_memory_mb": 5000.0}
+        (place / "summary.json").write_text(json.dumps({"round": int(number)} | measured))
     (folder / "reference").mkdir()
     values = np.random.default_rng(5).normal(-3, 0.3, 128).tolist()
     (folder / "reference" / "values.json").write_text(json.dumps({"values": [*values, None], "fidelity": 0.95}))

@@ -24,6 +24,7 @@ from tiltopt.errors import RewardError
 from tiltopt.online import loop
 from tiltopt.online.hooks import Hook
 from tiltopt.online.optimizer import Optimizer
+from tiltopt.online.runner import CallPolicy
 from tiltopt.online.seeds import generator
 from tiltopt.online.settings.source import Source
 from tiltopt.online.store.database import Database, UnavailableError
@@ -561,3 +562,61 @@ def test_answers_that_wait_for_the_database_are_neither_asked_again_nor_waited_f
         assert opt.store.counts()["answered"] == last
     assert len(shown) == last
     assert not (folder / "spool.jsonl").exists()
+
+
+# ---- what is said beside a value
+
+
+class Odd:
+    """Cannot be read in any way."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
+    __repr__ = __str__ = lambda self: 1 / 0  # type: ignore[assignment,return-value]
+
+
+def circle() -> list[Any]:
+    found: list[Any] = []
+    found.append(found)
+    return found
+
+
+SAID: dict[str, Any] = {
+    "picture": {"picture": Image.new("RGB", (1, 1))},
+    "bytes": b"bytes",
+    "set": {1, 2},
+    "circle": circle(),
+    "long": 10**5000,
+    "odd": Odd(),
+    "half": {"half": "\ud83d\0"},
+}
+
+
+@pytest.mark.parametrize("raw", SAID.values(), ids=SAID)
+def test_nothing_that_is_said_beside_a_value_costs_the_value(folder: Path, raw: Any) -> None:
+    with start(folder, rounds=0, answer_noise=0.0) as opt:
+        assert loop.run(opt, reward(lambda image: Answer(truth(image), raw=raw))).complete
+        assert opt.queries()["value"].tolist() == [truth(opt.image(i)) for i in range(1, 6)]
+        assert all(row.raw for row in opt.store.in_state("answered"))
+
+
+def test_nor_does_a_reason_that_is_no_text_while_the_database_is_away(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with start(folder, rounds=0) as opt:
+        queries = opt.ask(5)
+        refused = []
+
+        def refuse(number: int, *args: Any, **kwargs: Any) -> None:
+            refused.append(number)
+            raise UnavailableError("away", passing=False)
+
+        monkeypatch.setattr(opt.store, "_move", refuse)
+        reason = Answer(math.nan, error=ValueError("broken"))  # type: ignore[arg-type]
+        with pytest.raises(UnavailableError):
+            loop.run(opt, reward(lambda image: reason), policy=CallPolicy(grace_s=0.0))
+        assert len(refused) >= len(queries)
+        monkeypatch.undo()
+    with again(folder) as opt:
+        assert [row.error for row in opt.store.in_state("failed")] == ["broken"] * 5

@@ -386,6 +386,13 @@ def test_a_composed_reward_brings_its_parts(tmp_path: Path) -> None:
         assert run.store.outcomes()[1] == {"near": [1.0, None], "far": [2.0, 0.5]}
 
 
+def test_a_standard_error_that_is_none_costs_no_objective(tmp_path: Path) -> None:
+    said = {"near": 1.5, "far": 1.5, "sem": {"near": -1.0, "far": 0.5}}
+    with Optimizer.create(tmp_path / "run", TWO | {"rounds": 0}, engine=FakeEngine()) as opt:
+        assert loop.run(opt, FunctionReward("lab", "", 1, lambda images, prompts: [said])).complete
+        assert opt.store.outcomes()[1] == {"near": [1.5, None], "far": [1.5, 0.5]}
+
+
 @pytest.mark.parametrize("value", [10**400, True, "1", math.nan, None])
 def test_numbers_of_an_objective_are_checked_as_single_answers_are(value: object) -> None:
     two = (Objective("a"), Objective("b"))

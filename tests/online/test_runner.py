@@ -197,12 +197,19 @@ def test_a_design_that_cannot_be_measured_is_an_answer_that_costs_one_call_and_i
 
 
 def test_answers_pass_through_with_sem_error_and_raw():
-    reply = [Answer(1.5, sem=0.1, raw={"why": "nice"}), Answer.failure("refused", raw="no"), Answer(2.0, sem=-1.0)]
+    reply = [Answer(1.5, sem=0.1, raw={"why": "nice"}), Answer.failure("refused", raw="no")]
     seen = Record()
-    make(lambda x, p: reply, batch_size=3).run(items(3), seen)
+    make(lambda x, p: reply, batch_size=2).run(items(2), seen)
     assert seen.answers["q0"] == reply[0]
     assert (seen.answers["q1"].error, seen.answers["q1"].raw) == ("refused", "no")
-    assert "standard error" in seen.answers["q2"].error
+
+
+@pytest.mark.parametrize("sem", [-1.0, math.nan, 10**400, "small", object()])
+def test_a_standard_error_that_is_none_costs_no_value(sem, caplog):
+    seen = Record()
+    make(lambda x, p: [Answer(2.0, sem=sem, raw="said")]).run(items(1), seen)
+    assert seen.answers["q0"] == Answer(2.0, raw="said")
+    assert "kept without its standard error" in caplog.text
 
 
 @pytest.mark.parametrize(

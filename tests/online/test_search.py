@@ -122,7 +122,7 @@ def test_a_parent_whose_latents_and_image_are_gone_is_named_and_nothing_is_lost(
 
 
 def test_impossible_refinements_are_refused(opt: Optimizer) -> None:
-    for strength in (0, -0.5, 1.01, math.nan, "0.5", None, True):
+    for strength in (0, -0.5, 1.01, math.nan, 10**400, "0.5", None, True):
         with pytest.raises(ConfigError, match=r"`strength` in \(0, 1\]"):
             opt.refine(1, strength)  # type: ignore[arg-type]
     for n in (0, -1, 2.5):

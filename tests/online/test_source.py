@@ -100,3 +100,14 @@ def test_a_configured_reward_is_recorded_with_its_options(tmp_path: Path) -> Non
 )
 def test_a_source_survives_a_round_trip(source: Source) -> None:
     assert Source.from_dict(source.to_dict()) == source
+
+
+def test_a_reward_does_not_say_what_is_worth_what_a_lab_has_taught(
+    told: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Optimizer.open(told, engine=FakeEngine()) as optimizer:
+        for query in optimizer.pending():
+            optimizer.tell(query.id, 1.0)
+        optimizer.ask(3)
+    assert cli.main(["evaluate", "--surrogate", str(told)]) == 2
+    assert "come from Python (ask and tell)" in capsys.readouterr().err

@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import BertTokenizer, CLIPTokenizer
 
 from tests.fakes.tiny import tiny_clip
 from tiltopt.errors import ConfigError, RewardError
@@ -25,6 +27,7 @@ from tiltopt.rewards import RewardOptionError, make_reward, validate
 from tiltopt.rewards.aesthetic import PUBLISHED_HEAD, AestheticOptions, load_head
 from tiltopt.rewards.differentiable import differentiable_names, make_differentiable
 from tiltopt.rewards.images import to_tensor
+from tiltopt.rewards.weights import load_tokenizer
 from tiltopt.surrogates.features import make_features
 from tiltopt.vision import CLIPVision
 
@@ -241,6 +244,34 @@ def test_a_folder_that_is_no_clip_model_is_refused(tmp_path, head):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(RewardError, match="no CLIP model"):
         make_reward("aesthetic", clip=str(tmp_path), head=head)
+
+
+def test_a_clip_model_without_a_vocabulary_is_refused(tmp_path):
+    """transformers would make an empty tokenizer, and every prompt the same."""
+    folder = tiny_clip(tmp_path / "clip")
+    for name in ("vocab.json", "merges.txt", "tokenizer.json"):
+        (folder / name).unlink(missing_ok=True)
+    with pytest.raises(ConfigError, match=r"has no tokenizer.*no vocabulary"):
+        CLIPVision.load(folder).text(["a cat"])
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        lambda: make_reward("clip", clip="nobody/nothing"),
+        lambda: make_reward("pick", clip="nobody/nothing"),
+        lambda: load_tokenizer(CLIPTokenizer, "nobody/nothing"),
+        lambda: load_tokenizer(BertTokenizer, "nobody/nothing"),
+    ],
+)
+def test_a_model_that_cannot_be_fetched_says_where_it_was_looked_for_and_how_to_place_it(load, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(RewardError) as caught:
+        load()
+    said = str(caught.value)
+    assert "\n" not in said
+    for part in ("nobody/nothing", f"cache {constants.HF_HUB_CACHE}", "hf download nobody/nothing --local-dir FOLDER"):
+        assert part in said
 
 
 def test_rewards_of_one_model_share_it(clip, monkeypatch):

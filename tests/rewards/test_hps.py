@@ -107,6 +107,11 @@ def test_weights_alone_in_the_file_and_in_safetensors_load_too(parts: dict[str, 
     [
         (lambda s: s.pop("visual.proj"), "1 are missing.*visual_projection"),
         (lambda s: s.pop("visual.conv1.weight"), r"lacks 'visual\.conv1\.weight'; give HPS_v2"),
+        (lambda s: s.update({"visual.conv1.weight": torch.zeros(3)}), r"other shapes \(not enough values.*give HPS_v2"),
+        (
+            lambda s: s.update({"visual.conv1.weight": torch.zeros(28, 3, 8, 8)}),
+            "a width of 28 is no multiple of 16 heads",
+        ),
         (lambda s: s.update({"score_head.weight": torch.zeros(3)}), "1 are strange .first score_head"),
         (lambda s: s.update({"visual.ln_pre.weight": torch.zeros(3)}), r"pre_layrnorm\.weight of shape \(32,\)"),
     ],
@@ -117,6 +122,13 @@ def test_another_checkpoint_is_named(parts: dict[str, str], tmp_path: Path, chan
     torch.save({"state_dict": state}, tmp_path / "other.pt")
     with pytest.raises(RewardError, match=message):
         make_reward("hps", **(parts | {"checkpoint": str(tmp_path / "other.pt")}))
+
+
+def test_the_tokenizer_of_a_larger_model_is_refused(parts: dict[str, str], tmp_path: Path) -> None:
+    state = open_clip_state()
+    torch.save(state | {"token_embedding.weight": state["token_embedding.weight"][:-5]}, tmp_path / "small.pt")
+    with pytest.raises(RewardError, match=r"`tokenizer`: expected at most the .* tokens"):
+        make_reward("hps", **(parts | {"checkpoint": str(tmp_path / "small.pt")}))
 
 
 def test_missing_parts_are_named_before_anything_is_loaded(parts: dict[str, str], tmp_path: Path) -> None:

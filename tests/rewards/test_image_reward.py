@@ -111,6 +111,11 @@ def test_a_prompt_is_cut_at_35_tokens(parts: dict[str, str]) -> None:
     [
         (lambda s: s.pop("blip.visual_encoder.norm.bias"), "BlipVisionModel.*1 are missing .first post_layernorm.bias"),
         (lambda s: s.pop("blip.visual_encoder.pos_embed"), "lacks 'pos_embed'; give ImageReward.pt"),
+        (lambda s: s.update({"blip.visual_encoder.pos_embed": torch.zeros(3)}), "other shapes .*give ImageReward.pt"),
+        (
+            lambda s: s.update({"blip.text_encoder.embeddings.word_embeddings.weight": torch.zeros(14, 20)}),
+            "a width of 20 is no multiple of 12 heads",
+        ),
         (lambda s: s.update({"visual.proj": torch.zeros(2)}), r"named blip\.visual_encoder.*got 'visual\.proj'"),
         (lambda s: s.pop("mlp.layers.4.bias"), "incomplete"),
         (lambda s: s.update({"mlp.layers.0.weight": torch.zeros(16, 9)}), "expects 9 numbers.*text tower gives 24"),

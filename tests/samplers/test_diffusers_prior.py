@@ -412,8 +412,17 @@ def test_a_path_that_does_not_exist_is_named(path: str) -> None:
 
 def test_an_unreachable_hub_id_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(PriorError, match="HF_HUB_OFFLINE is set"):
+    with pytest.raises(PriorError, match=r"HF_HUB_OFFLINE is set.*not whole in the cache .*hf download tiltopt-t"):
         load_prior("tiltopt-tests/no-such-model", num_steps=4)
+
+
+def test_a_pipeline_without_a_vocabulary_is_refused(tmp_path: Path) -> None:
+    """transformers would make an empty tokenizer, and every prompt the same."""
+    folder = tiny.tiny_pipeline(tmp_path / "pipeline")
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        (folder / "tokenizer" / name).unlink(missing_ok=True)
+    with pytest.raises(PriorError, match="incomplete or damaged: no vocabulary"):
+        load_prior(folder, num_steps=4)
 
 
 def test_folders_that_are_no_pipeline_are_refused(tmp_path: Path, folder: Path) -> None:

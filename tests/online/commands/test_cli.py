@@ -281,6 +281,21 @@ def test_bad_usage_exits_with_2(arguments, capsys):
     assert "usage: tiltopt" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["rnu", "--config=config/ucb.py:demo"], "unknown command 'rnu'. Did you mean `run`?"),
+        (["resmue", "a"], "Did you mean `resume`?"),
+        (["--debug", "repotr", "a"], "Did you mean `report`?"),
+        (["evaluate", "a", "--reward", "b"], "unrecognized arguments: --reward b. Did you mean `--rewards`?"),
+        (["run", "--dryrun", "--config=config/ucb.py:demo"], "Did you mean `--dry-run`?"),
+    ],
+)
+def test_a_misspelt_command_or_option_is_told_with_the_one_that_is_meant(arguments, meant, capsys):
+    assert cli.main(arguments) == 2
+    assert meant in capsys.readouterr().err
+
+
 def test_errors_become_exit_codes(capsys):
     def failing(error):
         def action():
@@ -403,3 +418,17 @@ def test_what_is_misspelt_is_told_before_anything_heavy_is_imported():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert all(f"`{key}`" in done.stderr for key in loop.split())
+
+
+@pytest.mark.parametrize("answer", ["[][0]", "[float('nan')] * len(images)"])
+def test_a_worker_of_which_nothing_was_answered_fails(tmp_path, monkeypatch, capsys, answer):
+    url = f"sqlite:///{tmp_path / 'team.sqlite'}"
+    monkeypatch.setenv("TILTOPT_STORE_URL", url)
+    (tmp_path / "lab.py").write_text(f"def score(images, prompts):\n    return {answer}\n")
+    config = CONFIG | {"rounds": 0, "reward": {"name": f"{tmp_path / 'lab.py'}:score"}}
+    with Optimizer.create(tmp_path / "run", config, engine=FakeEngine(), store_url=url) as optimizer:
+        optimizer.ask(5)
+    assert cli.main(["work", str(tmp_path / "run")]) == 1
+    told = capsys.readouterr().err
+    assert ("lab.py" in told and "IndexError" in told) if "[0]" in answer else "nothing was answered" in told
+    assert f"tiltopt retry {tmp_path / 'run'}" in told

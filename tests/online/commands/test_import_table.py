@@ -1,13 +1,14 @@
 """Earlier measurements as a warm start: they teach the surrogate, are not paid for again, enter whole or not at all."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from tests.fakes.engine import CONFIG, FakeEngine, LoggedReward, points, to_image, truth
 from tiltopt import cli
 from tiltopt.errors import ConfigError, StoreError
-from tiltopt.online.commands.import_table import import_measurements, read_measurements
+from tiltopt.online.commands.import_table import csv_of, import_measurements, read_measurements, unescaped
 from tiltopt.online.loop import run as run_loop
 from tiltopt.online.optimizer import Optimizer
 from tiltopt.online.report.pages import write_report
@@ -101,3 +102,21 @@ def test_the_command_needs_a_run_or_a_configuration(pictures, tmp_path, capsys):
     assert cli.main(["import", str(tmp_path / "none"), str(pictures), "--config", "config/none.py"]) == 2
     assert "does not exist" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+def test_a_first_table_of_another_width_is_refused_and_the_run_goes_on(tmp_path):
+    """Nothing is stored yet that it could be held against, and it would be the measure of all that comes."""
+    (tmp_path / "t.csv").write_text("value,f0,f1\n1,0.1,0.2\n2,0.3,0.1\n")
+    with Optimizer.create(tmp_path / "run", CONFIG, engine=FakeEngine()) as optimizer:
+        with pytest.raises(StoreError, match="has 2 features, expected 4"):
+            import_measurements(optimizer, read_measurements(tmp_path / "t.csv"), "t.csv")
+        assert [query.id for query in optimizer.ask(3)] == [1, 2, 3]
+
+
+def test_a_table_as_spreadsheets_write_it(pictures, tmp_path):
+    """With a byte order mark, as Excel does."""
+    pictures.write_bytes(b"\xef\xbb\xbf" + pictures.read_bytes())
+    assert len(read_measurements(pictures).values) == 7
+    assert unescaped("'=SUM(A1)") == "=SUM(A1)"
+    content = csv_of(pd.DataFrame({"=cmd": ["+1", "a cat", "'=x"]}))
+    assert content.decode().splitlines() == ["'=cmd", "'+1", "a cat", "''=x"]

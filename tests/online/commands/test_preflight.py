@@ -14,6 +14,7 @@ from tiltopt.errors import ConfigError
 from tiltopt.online.commands.preflight import check_trust, start_line
 from tiltopt.online.settings.cost import cost
 from tiltopt.online.settings.run import Settings
+from tiltopt.online.store import run_folder
 
 CONFIG = Path(__file__).parents[3] / "config"
 SIZES = {"initial_batch_size": 10, "rounds": 2, "batch_size": 3, "prior": {"num_steps": 5, "guidance_scale": 4.0}}
@@ -142,6 +143,41 @@ def test_code_named_by_another_users_folder_is_not_executed_untrusted(foreign: P
         check_trust(foreign, "other.py:score")  # ... for this reward ...
     with pytest.raises(ConfigError, match="--trust"):
         check_trust(foreign.parent, "lab.py:score")  # ... and this folder
+
+
+def test_code_among_the_parts_of_a_reward_is_code(foreign: Path) -> None:
+    ours = {"parts": "symmetry, 2 colorfulness"}
+    check_trust(foreign, "weighted", ours)
+    nested = [{"name": "weighted", "parts": "lab.py:score"}]
+    for parts in ("symmetry, 2 lab.py:score", nested, "symmetry, lab.py:score > 1"):
+        with pytest.raises(ConfigError, match=r"'lab\.py:score'.*--trust"):
+            check_trust(foreign, "weighted", {"parts": parts})
+    check_trust(foreign, "weighted", {"parts": "lab.py:score"}, trust=True)
+    check_trust(foreign, "lab.py:score")
+    with pytest.raises(ConfigError, match=r"'other\.py:score'"):
+        check_trust(foreign, "weighted", {"parts": "lab.py:score, other.py:score"})
+
+
+@pytest.mark.parametrize("command", ["resume", "retry", "evaluate --surrogate"])
+def test_commands_look_before_anything_of_another_users_folder_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    """Even to find a module is to import the package that it is in."""
+    package = tmp_path / "evil"
+    package.mkdir()
+    (package / "__init__.py").write_text(f"open({str(tmp_path / 'done')!r}, 'w')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    store, _ = run_folder.create(folder, {"reward": {"name": "weighted", "parts": "evil.lab:score"}}, None)
+    store.close()
+    (folder / "round_001").mkdir()
+    (folder / "round_001" / "surrogate.json").write_text("{}")
+    monkeypatch.setattr(os, "getuid", lambda: folder.stat().st_uid + 1)
+    assert cli.main([*command.split(), str(folder)]) == 2
+    assert "--trust" in capsys.readouterr().err
+    assert not (tmp_path / "done").exists()
 
 
 def test_a_folder_without_an_owner_is_nobodys_own(foreign: Path, monkeypatch: pytest.MonkeyPatch) -> None:

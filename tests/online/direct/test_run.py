@@ -66,7 +66,7 @@ def test_files_of_a_guided_run(pipeline: Path, tmp_path: Path) -> None:
     runner = Runner(rewards.make_reward("colorfulness"))
     for i, row in enumerate(results):
         image = Image.open(tmp_path / "images" / f"{i + 1:06d}.png")
-        assert row["reward"] == pytest.approx(run.score(runner, [image], [row["prompt"]])[0])
+        assert row["reward"] == pytest.approx(run.score(runner, [image], [row["prompt"]]).values[0])
         assert row["ess"] == pytest.approx(float(1 / tensors["log_w"][i].exp().square().sum()))
         assert row["picked"] == int(tensors["picked"][i])
     trace = lines(tmp_path / "trace.jsonl")
@@ -83,7 +83,7 @@ class Recorder:
         self.told: dict[int, dict[str, Any]] = {}
 
     def log(self, values: dict[str, Any], step: int) -> None:
-        self.told[step] = values
+        self.told.setdefault(step, {}).update(values)
 
     def finish(self) -> None:
         pass
@@ -253,7 +253,7 @@ def test_a_failed_answer_is_nan_and_counted() -> None:
         def __call__(self, images: Any, prompts: Any) -> list[Any]:
             return [rewards.Answer.failure("no") if p == "bad" else 2.5 for p in prompts]
 
-    values = run.score(Runner(Box()), [Image.new("RGB", (4, 4))] * 3, ["good", "bad", "good"])  # type: ignore[arg-type]
+    values = run.score(Runner(Box()), [Image.new("RGB", (4, 4))] * 3, ["good", "bad", "good"]).values  # type: ignore[arg-type]
     assert values[0] == values[2] == 2.5
     assert math.isnan(values[1])
 
@@ -278,7 +278,7 @@ def test_a_black_box_is_called_by_the_policy_of_the_settings(tmp_path: Path) -> 
     runners = [run.make_runner(settings, Team(rank, 2), box) for rank in (0, 1)]
     assert [runner.policy.max_queries for runner in runners] == [3, 2]
     with pytest.warns(UserWarning, match="`max_queries` = 3"):
-        values = run.score(runners[0], pictures(4), ["p"] * 4)
+        values = run.score(runners[0], pictures(4), ["p"] * 4).values
     assert values[:3] == [1.5] * 3
     assert math.isnan(values[3])
     assert len(calls) == 4
@@ -312,7 +312,7 @@ def test_it_ends_with_a_table_a_picture_and_a_report_against_plain_samples(
     runner = Runner(rewards.make_reward("colorfulness"))
     for row in plain:
         image = Image.open(tmp_path / "run" / "images" / f"{row['image']:06d}.png")
-        assert row["reward"] == pytest.approx(run.score(runner, [image], [row["prompt"]])[0])
+        assert row["reward"] == pytest.approx(run.score(runner, [image], [row["prompt"]]).values[0])
     with Image.open(tmp_path / "run" / "samples.png") as picture:
         assert picture.size == (3 * 132 - 4, 2 * 132 - 4)
     page = (tmp_path / "run" / "report.html").read_text()
@@ -337,3 +337,19 @@ def test_plain_samples_are_drawn_where_answers_are_free_or_asked_for(pipeline: P
         assert "Maximising colorfulness" in (folder / "report.html").read_text()
     assert "gain" not in json.loads((tmp_path / "0" / "summary.json").read_text())
     assert json.loads((tmp_path / "2" / "summary.json").read_text())["gain"]["pairs"] == 2
+
+
+@pytest.mark.parametrize(("images", "said"), [(3, "nothing was answered of 3 images"), (6, "5 calls in a row")])
+def test_a_black_box_that_never_answers_is_no_success_and_loses_no_picture(
+    pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], images: int, said: str
+) -> None:
+    (tmp_path / "lab.py").write_text("def score(images, prompts):\n    return [][0]\n")
+    changes = {"reward.name": f"{tmp_path / 'lab.py'}:score", "sampler.name": "prior_only", "num_images": images}
+    assert main(["run", *arguments(pipeline, tmp_path / "run", **changes)]) == 1
+    told = capsys.readouterr().err
+    assert said in told
+    assert "IndexError" in told
+    assert len(list((tmp_path / "run" / "images").iterdir())) == images
+    (tmp_path / "run" / "config.json").write_text("{")
+    assert main(["run", *arguments(pipeline, tmp_path / "run", **changes)]) == 1
+    assert "expected a readable JSON file" in capsys.readouterr().err

@@ -298,3 +298,22 @@ def test_the_front_is_what_nothing_beats() -> None:
 def test_the_mean_of_nothing_is_nothing() -> None:
     assert bootstrap(np.array([math.nan])) == {"mean": None, "low": None, "high": None, "n": 0}
     assert bootstrap(np.array([2.0, math.nan])) == {"mean": 2.0, "low": None, "high": None, "n": 1}
+
+
+def test_a_reward_is_called_through_the_one_door(tmp_path: Path) -> None:
+    """What may pass is tried again; what is dead is left alone, with the traceback of the user's code."""
+    (tmp_path / "lab.py").write_text(
+        "calls = []\n"
+        "def once(images, prompts):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 1:\n"
+        "        raise ConnectionError('down')\n"
+        "    return [1.5]\n"
+        "def never(images, prompts):\n"
+        "    return [][0]\n"
+    )
+    sets = load_sets([folder_of(tmp_path / "pictures")])
+    found = evaluate_designs(sets, Request(rewards=(f"{tmp_path / 'lab.py'}:once",), fidelity="none"))
+    assert found["methods"][0]["groups"]["all"]["metrics"][f"{tmp_path / 'lab.py'}:once"]["n"] == 6
+    with pytest.raises(RewardError, match=r"5 calls in a row(.|\n)*lab\.py(.|\n)*IndexError"):
+        evaluate_designs(sets, Request(rewards=(f"{tmp_path / 'lab.py'}:never",), fidelity="none"))

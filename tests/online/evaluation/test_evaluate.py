@@ -425,3 +425,13 @@ def test_a_folder_of_an_evaluation_can_be_read_like_a_run(settings, tmp_path):
     found = status(tmp_path / "evaluation")
     assert found["rounds"] == {"drawn": 2, "planned": 2}
     assert found["complete"] is True
+
+
+def test_an_evaluation_of_which_nothing_was_answered_is_no_success(settings):
+    """Too few calls to be found dead."""
+    few = dataclasses.replace(settings, batch_size=2)
+    with pytest.raises(RewardError, match=r"nothing was answered: 4 queries failed(.|\n)*KeyError(.|\n)*tiltopt retry"):
+        run(few, black_box=FunctionReward("toy", "", 1, lambda images, prompts: {}["nothing"]))
+    with Optimizer.open(few.run_dir, engine=FakeEngine()) as opt:
+        assert ask_again(opt) == 4
+    assert run(few)["answered"] == 4

@@ -23,6 +23,7 @@ from tests.fakes.run import NASTY, make_run
 from tiltopt.errors import ConfigError
 from tiltopt.online import web
 from tiltopt.online.optimizer import Optimizer
+from tiltopt.online.report.record import load_run
 from tiltopt.online.serving.runs import Runs, planned_queries
 from tiltopt.online.serving.server import Sessions, changes, make_app
 from tiltopt.online.store import files
@@ -58,13 +59,18 @@ def test_every_run_is_listed_with_state_budget_best_and_lift(folder: Path) -> No
     assert set(rows) == {"first", "deep/second", "rated"}
     first = rows["first"]
     assert (first["state"], first["budget"]) == ("complete", "46 of 48")
-    assert first["lift"].startswith("+")
-    assert float(first["lift"]) == pytest.approx(float(first["last"].replace("−", "-")) + 3, abs=0.1), "prior: -3"
+    assert first["gain"].startswith("+")
+    assert float(first["gain"]) == pytest.approx(float(first["last"].replace("−", "-")) + 3, abs=0.1), "prior: -3"
+    record = load_run(folder / "first")
+    assert float(first["lift"]) == round(record.rounds[-1]["mass_lift"], 1) > 10
+    assert rows["rated"]["lift"] == "–", "nothing is answered"
     assert (rows["rated"]["state"], rows["rated"]["rated"]) == ("stopped, 3 waiting", True)
     assert not first["rated"], "it is answered from Python"
     page = browser(folder).get("/")
     for name in rows:
         assert f">{name}</a>" in page.text
+    assert "<th>mass lift</th>" in page.text
+    assert f"<td>{first['lift']}</td>" in page.text
     nonce = page.text.partition('<script nonce="')[2].partition('"')[0]
     assert nonce
     assert f"'nonce-{nonce}'" in page.headers["content-security-policy"]
@@ -84,7 +90,11 @@ def test_a_report_shows_the_run_as_it_is_now(folder: Path) -> None:
     client, key = browser(folder), key_of(folder, "rated")
     before = client.get(f"/runs/{key}/").text
     assert "No query is answered yet" in before
-    assert 'href="rate/"' in before
+    base = f"/runs/{key}/"
+    assert before.count('aria-current="page"') == 1
+    for tab, address in (("report", base), ("rate", f"{base}rate/"), ("refine", f"{base}rate/#refine")):
+        assert f'<a href="{address}"' in before, tab
+    assert "rate/" not in client.get(f"/runs/{key_of(folder, 'first')}/").text, "its answers come from Python"
     with Optimizer.open(folder / "rated", engine=FakeEngine()) as opt:
         stamp = Runs(folder).stamp(key)
         opt.tell(1, 0.125)
@@ -133,6 +143,9 @@ def test_a_person_rates_from_the_same_page(folder: Path) -> None:
     base = f"/runs/{key}/rate"
     page = client.get(f"{base}/")
     assert 'href="/">all runs' in page.text
+    assert client.get(f"{base}/best").json() == []
+    for tab, address in (("report", f"/runs/{key}/"), ("rate", f"{base}/"), ("refine", f"{base}/#refine")):
+        assert f'<a href="{address}">{tab}</a>' in page.text
     state = client.get(f"{base}/state").json()
     assert state["query"]["id"] == 1
     assert client.get(f"{base}/image/1").headers["content-type"] == "image/png"

@@ -37,3 +37,8 @@ def test_a_damaged_file_is_named_and_a_missing_one_may_have_a_default(tmp_path: 
     path.write_text(text)
     with pytest.raises(StoreError, match=r"summary\.json: expected .*JSON"):
         read_json(path, {})
+
+
+def test_text_that_is_no_text_comes_back_from_json(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"half": "\ud83d \N{SEEDLING}"})
+    assert read_json(tmp_path / "a.json") == {"half": "\ud83d \N{SEEDLING}"}
