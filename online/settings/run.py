@@ -35,6 +35,12 @@ class Section:
         check_fields(self, self.section)
 
 
+def _is_size(value: Any) -> bool:
+    if isinstance(value, int):
+        return value >= 0
+    return len(value) == 2 and all(type(v) is int and v > 0 for v in value)
+
+
 @dataclass(frozen=True)
 class PriorSettings(Section):
     """The diffusion model. `path` is "embedded", a pipeline's folder, or a hub id; levers as in docs/priors.md."""
@@ -49,7 +55,9 @@ class PriorSettings(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the network; latents stay float32
     vae_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the decoder
     renoise: bool = False  # the kernels of a consistency model (LCM); eta then means nothing
-    size: int = ranged(0, at_least(0))  # side of a picture in pixels; 0 = as the network was trained
+    size: int | tuple = ranged(
+        0, Range(_is_size, "a number of pixels, (height, width), or 0")
+    )  # a picture's side in pixels, or (height, width); 0 = as the network was trained
     variant: str = ""  # of the weight files, for example "fp16"
     lora: str = ""  # a LoRA of the same base: folder, file or hub id
     guidance_decoder: str = ""  # folder of an AutoencoderTiny: decodes every look but the last
