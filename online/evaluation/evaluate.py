@@ -112,8 +112,8 @@ def _check_surrogate(folder: Path) -> None:
     if not missing:
         if files.read_json(folder / "surrogate.json").get("class") == SeveralModel.kind:
             raise ConfigError(
-                f"`evaluate.surrogate`: expected a surrogate of one number per answer, got {str(folder)!r}, which is of "
-                "several objectives; a round's summary says how each was predicted."
+                f"`evaluate.surrogate`: expected a surrogate of one number per answer, got {str(folder)!r}, which is "
+                "of several objectives; a round's summary says how each was predicted."
             )
         return
     got = f"no {' and no '.join(missing)} in it" if folder.is_dir() else "no such folder"

@@ -258,7 +258,7 @@ def test_a_surrogate_of_several_objectives_is_refused(settings, surrogate):
     X = torch.rand(20, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     model = SeveralModel.fit("linear", X, X[:, :2], sem=None, generator=torch.Generator().manual_seed(1))
     save(model, surrogate, feature_id="toy", data_fingerprint="f")
-    with pytest.raises(ConfigError, match="of one number per answer.*several objectives"):
+    with pytest.raises(ConfigError, match=r"of one number per answer.*several objectives"):
         check_evaluation(settings, settings.run_dir)
 
 
