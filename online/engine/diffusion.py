@@ -184,7 +184,7 @@ class DiffusionEngine:
         """Samples of p(x) exp(acquisition / alpha), one per ask."""
         self._settle()
         plan = replace(plan, alpha=self._price(model, data, asks, plan))
-        per_query = ACQUISITIONS[self.settings.acquisition.name].per_query  # each query follows its own posterior draw
+        per_query = self._per_query
         rows, particles = self.settings.micro_batch, self.settings.sampler.num_particles
         groups = self._deal(asks, 1 if per_query else rows // math.gcd(rows, particles))  # whole calls, none half empty
         tick = self._counter(on_step, groups)
@@ -381,6 +381,11 @@ class DiffusionEngine:
     # ------------------------------------------------------------------ price and tempering
 
     @property
+    def _per_query(self) -> bool:
+        """Whether each query follows a random acquisition of its own."""
+        return ACQUISITIONS[self.settings.acquisition.name].per_query
+
+    @property
     def _folder(self) -> Path:
         return place_of(self.settings.run_dir)
 
@@ -425,15 +430,20 @@ class DiffusionEngine:
         """The price of a round; where no round has shown what it costs, queries are drawn to see. Collective."""
         if plan.budget is None:
             return plan.alpha
-        seed = derive(self.settings.seed, "acquisition")
-        acquisition = self._aim(model, data, plan, seed).acquisition
-        spread = float(self._values(lambda X: acquisition(X.unsqueeze(-2)), self.pilot.final).std()) or 1.0
+        shared = derive(self.settings.seed, "acquisition")
+        groups = [(ask.seed, [ask]) for ask in asks[:PROBES]] if self._per_query else [(shared, list(asks[:PROBES]))]
+        aims = [self._aim(model, data, plan, seed).acquisition for seed, _ in groups]
+        values = [self._values(lambda X, of=of: of(X.unsqueeze(-2)), self.pilot.final) for of in aims]
+        spread = sum(float(v.std()) for v in values) / len(values) or 1.0
 
         def cost(alpha: float) -> float | None:
-            potential, sampler = self._tilt(model, data, replace(plan, alpha=alpha), seed)
-            cond = self._encode([ask.prompt for ask in asks[:PROBES]])
-            seeds = [ask.seed for ask in asks[:PROBES]]
-            return cost_of(sampler, self.prior, potential, cond, self.settings.sampler, seeds)
+            found = []
+            for seed, probes in groups:
+                potential, sampler = self._tilt(model, data, replace(plan, alpha=alpha), seed)
+                cond, seeds = self._encode([ask.prompt for ask in probes]), [ask.seed for ask in probes]
+                found.append(cost_of(sampler, self.prior, potential, cond, self.settings.sampler, seeds))
+            known = [nats for nats in found if nats is not None]
+            return sum(known) / len(known) if known else None
 
         alpha = plan.alpha
         if alpha is None:
