@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from tiltopt import __version__
 from tiltopt.errors import ConfigError, TiltoptError
+from tiltopt.options import did_you_mean
 
 if TYPE_CHECKING:
     from tiltopt.online.optimizer import Optimizer
@@ -37,9 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _joined(list(sys.argv[1:] if argv is None else argv))
     parser = make_parser()
     try:
+        [commands] = (action.choices or {} for action in parser._actions if action.dest == "command")
+        named = next((word for word in arguments if not word.startswith("-")), None)
+        if named is not None and named not in commands:
+            parser.error(f"unknown command {named!r}.{did_you_mean(named, commands)} `tiltopt --help` lists all.")
         options, rest = parser.parse_known_args(arguments)
         if rest and not (options.configured and rest[0].startswith("--config")):
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+            meant = did_you_mean(rest[0].partition("=")[0], commands[options.command]._option_string_actions)
+            parser.error(f"unrecognized arguments: {' '.join(rest)}.{meant}")
     except SystemExit as stop:  # argparse has said what is wrong, or printed its help
         return int(stop.code or 0)
     options.rest = rest
