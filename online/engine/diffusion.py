@@ -22,7 +22,7 @@ from tiltopt.online.engine import memory
 from tiltopt.online.engine.aim import Aim, aim, fit_several, model_of
 from tiltopt.online.engine.feature_pilot import FeaturePilot
 from tiltopt.online.engine.images import to_designs, to_images
-from tiltopt.online.engine.in_memory import held_prior, named
+from tiltopt.online.engine.in_memory import encoder_of, held_prior, named
 from tiltopt.online.engine.potential import AcquisitionPotential
 from tiltopt.online.engine.price import LEAST, bound, cost_of, first_price
 from tiltopt.online.engine.restarts import latents_of, law_of, origin_of, sampler_of
@@ -44,7 +44,7 @@ from tiltopt.samplers.restart import level_of
 from tiltopt.samplers.smc import Lineage
 from tiltopt.samplers.twisted import Tempered
 from tiltopt.surrogates.acquisition import ACQUISITIONS
-from tiltopt.surrogates.features import FeatureMap, make_features
+from tiltopt.surrogates.features import FeatureMap, LatentEncoder, make_features
 from tiltopt.surrogates.io import load, packed
 from tiltopt.surrogates.preference import fit_pairwise
 from tiltopt.surrogates.several import SeveralModel
@@ -119,10 +119,15 @@ class DiffusionEngine:
         return load_prior(s.path, **s.arguments(), device=self.team.device)
 
     @cached_property
+    def encoder(self) -> LatentEncoder:
+        """Pictures -> latents."""
+        return encoder_of(self.prior)
+
+    @cached_property
     def feature_map(self) -> FeatureMap:
         """Designs and prompts -> features."""
         s = self.settings.features
-        encoder = self.prior if needs(s.kind) & {"latents", "network"} else None
+        encoder = self.encoder if needs(s.kind) & {"latents", "network"} else None
         return make_features(s.path, s.kind, s.prompt_features, self.team.device, encoder, getattr(torch, s.dtype))
 
     def seen_by(self, features: FeatureSettings) -> DiffusionEngine:
@@ -163,6 +168,7 @@ class DiffusionEngine:
 
     def _settle(self) -> None:
         """Rows and levers that fit, where the settings leave them to the device; once per process. Collective."""
+        self.encoder  # noqa: B018  where designs are no pictures, this says so
         if self.settings.prior.memory != "auto" or self._settled:
             return
         chosen = memory.settle(self._folder, self.team, self.prior, **self.what_is_tried())
@@ -245,8 +251,7 @@ class DiffusionEngine:
     def _plain(self, asks: Sequence[Ask], on_step: OnStep | None) -> list[Drawn]:
         groups = self._deal(asks, self.settings.micro_batch)
         tick = self._counter(on_step, groups)
-        out = [drawn for group in groups for drawn in self._plain_group(group, tick)]
-        return self.team.collect(out, len(asks))
+        return self.team.collect([drawn for group in groups for drawn in self._plain_group(group, tick)], len(asks))
 
     def _plain_group(self, group: Sequence[tuple[int, Ask]], tick: StepCounter) -> list[tuple[int, Drawn]]:
         plain = PriorOnly(micro_batch=self._rows)
