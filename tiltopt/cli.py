@@ -135,7 +135,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
     def add(name: str, call: Command, help: str, configured: bool = False, reads: str = "", one: str = "") -> _Parser:
-        """`configured`: takes --config arguments too. `reads`: what its folders must hold. `one`: its folder, in words."""
+        """`configured`: takes --config too. `reads`: what its folders must hold. `one`: its folder, in words."""
         command = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False)
         command.set_defaults(call=call, configured=configured, reads=reads)
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
