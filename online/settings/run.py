@@ -17,7 +17,6 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from tiltopt.errors import ConfigError
 from tiltopt.kinds import DEFAULT_KIND, parse_kind
-from tiltopt.online.queries import MOST
 from tiltopt.online.settings.renamed import refuse_old_names
 from tiltopt.options import Range, above, at_least, between, check_fields, ranged, unknown_key
 
@@ -113,6 +112,8 @@ class RewardSettings(Section):
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+MOST = 10_000
+"""Queries that are asked at once."""
 BUDGET = 48.0
 """Nats that a query may cost where nothing else is said."""
 INSTEAD = {"sampler.alpha": "sampler.budget_nats", "sampler.budget_nats": "sampler.alpha"}
