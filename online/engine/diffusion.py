@@ -51,23 +51,6 @@ from tiltopt.surrogates.several import SeveralModel
 from tiltopt.types import Conditioning
 
 
-def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
-    """Several conditionings as one."""
-
-    def join(trees: Sequence[Any]) -> Any:
-        first = trees[0]
-        if first is None:
-            return None
-        if isinstance(first, Tensor):
-            return torch.cat(list(trees))
-        if isinstance(first, dict):
-            return {k: join([t[k] for t in trees]) for k in first}
-        joined = [join(list(column)) for column in zip(*trees, strict=True)]
-        return type(first)(*joined) if hasattr(first, "_fields") else type(first)(joined)
-
-    return Conditioning(tuple(p for part in parts for p in part.prompts), join([part.embeds for part in parts]))
-
-
 class StepCounter:
     """A sampler's callback that counts denoising steps over all groups."""
 
@@ -190,7 +173,7 @@ class DiffusionEngine:
         """Samples of p(x) exp(acquisition / alpha), one per ask."""
         self._settle()
         plan = replace(plan, alpha=self._price(model, data, asks, plan))
-        per_query = ACQUISITIONS[self.settings.acquisition.name].per_query  # each query follows its own posterior draw
+        per_query = self._per_query
         rows, particles = self.settings.micro_batch, self.settings.sampler.num_particles
         groups = self._deal(asks, 1 if per_query else rows // math.gcd(rows, particles))  # whole calls, none half empty
         tick = self._counter(on_step, groups)
@@ -368,7 +351,7 @@ class DiffusionEngine:
             if prompt not in known:
                 known[prompt] = self.prior.encode([prompt])
         unique = list(dict.fromkeys(prompts))
-        stacked = concatenate([known[p] for p in unique])
+        stacked = Conditioning.join([known[p] for p in unique])
         return stacked.select([unique.index(p) for p in prompts])
 
     def _deal(self, asks: Sequence[Ask], size: int) -> list[list[tuple[int, Ask]]]:
@@ -384,6 +367,11 @@ class DiffusionEngine:
         return [group for _, group in self.team.share(groups)]
 
     # ------------------------------------------------------------------ price and tempering
+
+    @property
+    def _per_query(self) -> bool:
+        """Whether each query follows a random acquisition of its own."""
+        return ACQUISITIONS[self.settings.acquisition.name].per_query
 
     @property
     def _folder(self) -> Path:
@@ -430,15 +418,20 @@ class DiffusionEngine:
         """The price of a round; where no round has shown what it costs, queries are drawn to see. Collective."""
         if plan.budget is None:
             return plan.alpha
-        seed = derive(self.settings.seed, "acquisition")
-        acquisition = self._aim(model, data, plan, seed).acquisition
-        spread = float(self._values(lambda X: acquisition(X.unsqueeze(-2)), self.pilot.final).std()) or 1.0
+        shared = derive(self.settings.seed, "acquisition")
+        groups = [(ask.seed, [ask]) for ask in asks[:PROBES]] if self._per_query else [(shared, list(asks[:PROBES]))]
+        aims = [self._aim(model, data, plan, seed).acquisition for seed, _ in groups]
+        values = [self._values(lambda X, of=of: of(X.unsqueeze(-2)), self.pilot.final) for of in aims]
+        spread = sum(float(v.std()) for v in values) / len(values) or 1.0
 
         def cost(alpha: float) -> float | None:
-            potential, sampler = self._tilt(model, data, replace(plan, alpha=alpha), seed)
-            cond = self._encode([ask.prompt for ask in asks[:PROBES]])
-            seeds = [ask.seed for ask in asks[:PROBES]]
-            return cost_of(sampler, self.prior, potential, cond, self.settings.sampler, seeds)
+            found = []
+            for seed, probes in groups:
+                potential, sampler = self._tilt(model, data, replace(plan, alpha=alpha), seed)
+                cond, seeds = self._encode([ask.prompt for ask in probes]), [ask.seed for ask in probes]
+                found.append(cost_of(sampler, self.prior, potential, cond, self.settings.sampler, seeds))
+            known = [nats for nats in found if nats is not None]
+            return sum(known) / len(known) if known else None
 
         alpha = plan.alpha
         if alpha is None:
