@@ -25,7 +25,7 @@ from tiltopt.online.engine.images import to_designs, to_images
 from tiltopt.online.engine.in_memory import encoder_of, held_prior, named
 from tiltopt.online.engine.potential import AcquisitionPotential
 from tiltopt.online.engine.price import LEAST, bound, cost_of, first_price
-from tiltopt.online.engine.restarts import latents_of, law_of, origin_of, sampler_of
+from tiltopt.online.engine.restarts import check_noise, latents_of, law_of, origin_of, sampler_of
 from tiltopt.online.hooks import OnStep
 from tiltopt.online.places import place_of
 from tiltopt.online.queries import Ask, Drawn, Observations, Plan
@@ -152,6 +152,7 @@ class DiffusionEngine:
     def _settle(self) -> None:
         """Rows and levers that fit, where the settings leave them to the device; once per process. Collective."""
         self.encoder  # noqa: B018  where designs are no pictures, this says so
+        check_noise(make_loop_sampler(self.settings.sampler), self.prior)
         if self.settings.prior.memory != "auto" or self._settled:
             return
         chosen = memory.settle(self._folder, self.team, self.prior, **self.what_is_tried())
@@ -196,8 +197,7 @@ class DiffusionEngine:
         """Particles of a group's queries, and at which of the first ones each of them began, both (B, P, ...)."""
         start, lineage = group[0][1].start, Lineage(tick)
         if potential is not None:
-            whole = self.prior.num_steps
-            sampler, num_particles = sampler_of(sampler, num_particles, start, num_steps=whole, rows=self._rows)
+            sampler, num_particles = sampler_of(sampler, num_particles, start, prior=self.prior, rows=self._rows)
         samples = sampler.sample(
             law_of(self.prior, start),
             potential,  # type: ignore[arg-type]  # plain samples need none
