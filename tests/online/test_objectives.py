@@ -263,7 +263,7 @@ def test_export_and_import_keep_every_objective(finished: Path, tmp_path: Path) 
     rows = written[["image", "prompt", "near", "far"]].assign(image=[str(finished / name) for name in written["image"]])
     rows.to_csv(tmp_path / "again.csv", index=False)
     with Optimizer.create(tmp_path / "run", TWO, engine=SeveralEngine(TWO)) as run:
-        found = read_measurements(tmp_path / "again.csv", ("near", "far"))
+        found = read_measurements(tmp_path / "again.csv", Settings(objectives="near, far"))
         assert import_measurements(run, found, "again.csv") == len(rows)
         assert run.queries()[["near", "far"]].equals(written[["near", "far"]])
         with pytest.raises(ConfigError, match="near"):
