@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "tiltopt/errors.py": set(),
     "tiltopt/digest.py": set(),
     "tiltopt/notebook.py": set(),
-    "tiltopt/designs.py": {"errors"},
+    "tiltopt/designs.py": {"errors", "vision"},
     "tiltopt/kinds.py": {"errors"},
     "tiltopt/options.py": {"errors"},
     "tiltopt/vision.py": {"errors", "digest"},

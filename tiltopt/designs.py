@@ -76,7 +76,10 @@ class DesignType(Protocol):
 
 
 def to_images(designs: Tensor) -> list[Image.Image]:
-    """(n, 3, H, W) in [0, 1] -> n 8-bit RGB images; values outside are clipped."""
+    """(n, 3, H, W) in [0, 1] -> n 8-bit RGB images. Raises PotentialError for anything else."""
+    from tiltopt.vision import check_images
+
+    check_images(designs)
     pixels = (designs.detach().float().clamp(0, 1) * 255).round().permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8)
     return [Image.fromarray(p) for p in pixels]
 
