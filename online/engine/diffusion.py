@@ -153,7 +153,8 @@ class DiffusionEngine:
 
     def _settle(self) -> None:
         """Rows and levers that fit, where the settings leave them to the device; once per process. Collective."""
-        self.encoder  # noqa: B018  where designs are no pictures, this says so
+        if self.kind is IMAGES:
+            self.encoder  # noqa: B018  where designs are no pictures, this says so
         if self.settings.prior.memory != "auto" or self._settled:
             return
         chosen = memory.settle(self._folder, self.team, self.prior, **self.what_is_tried())
