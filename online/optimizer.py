@@ -541,7 +541,7 @@ class Optimizer:
             return f"Optimizer({str(self.folder)!r}, {'closed' if self.team.is_main else 'without a store'})"
         counts = ", ".join(f"{n} {state}" for state, n in self._store.counts().items() if n) or "nothing asked yet"
         drawn = sum(known.kind not in EXTRA_KINDS for known in self._store.rounds())
-        who = self.source() or "nobody yet"
+        who = self.source() or ("unknown" if self.told() else "nobody yet")
         return (
             f"Optimizer({str(self.folder)!r}, {drawn} of {self.settings.rounds + 1} rounds: {counts}; answers: {who})"
         )

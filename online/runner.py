@@ -26,7 +26,7 @@ from tiltopt.online.hooks import OnStep
 from tiltopt.online.queries import Spent
 from tiltopt.online.signals import patient
 from tiltopt.rewards.base import Answer, BlackBox, Retry
-from tiltopt.rewards.replies import read_reply
+from tiltopt.rewards.replies import ReplyError, read_reply
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ Budget = Literal["max_queries", "max_calls", "max_seconds"]
 
 PROGRAMMING_ERRORS = (
     TypeError, NameError, AttributeError, ImportError, SyntaxError, AssertionError, LookupError, ZeroDivisionError,
-    NotImplementedError, RecursionError,
+    NotImplementedError, RecursionError, ReplyError,
 )  # fmt: skip
 """Errors of the function that was called, not of the world around it: the same call would raise them again."""
 
@@ -522,7 +522,7 @@ class _Calls:
     def failed(self, job: _Job, error: BaseException) -> None:
         """A call raised: an error of ours ends the asking, a `Retry` holds everybody, a programming error fails the
         query, anything else is tried again."""
-        if isinstance(error, TiltoptError):
+        if isinstance(error, TiltoptError) and not isinstance(error, ReplyError):
             self.problems.append(error)
             self.back(job)
             return
