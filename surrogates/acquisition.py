@@ -39,7 +39,7 @@ BASELINE = 32
 AUGMENTATION = 0.05
 """Weight of the sum beside the worst objective (Knowles 2006, ParEGO)."""
 
-Need = Literal["beta", "best_f", "X_pending", "X_baseline", "generator", "members", "Y", "reference"]
+Need = Literal["beta", "best_f", "X_pending", "X_baseline", "generator", "members", "draws", "Y", "reference"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +73,8 @@ class Entry:
 
     Args:
         make: what was given -> a module (b) x 1 x d float64 -> (b).
-        needs: what it looks at beside the posterior; "members": a surrogate that has them. Without pending points it
-            does as well, without the others not.
+        needs: what it looks at beside the posterior; "members" and "draws": a surrogate that has them. Without pending
+            points it does as well, without the others not.
         unit: of its values: "reward", so that they can be held against answers, or "nats", a logarithm, of which
             dividing by alpha makes a power; "range", shares of the range of the answers.
         per_query: whether every query should have one of its own (a draw at random).
@@ -348,7 +348,7 @@ ACQUISITIONS: dict[str, Entry] = {
     "mean": Entry(lambda given: PosteriorMean(given.model)),
     "ucb": Entry(_ucb, frozenset({"beta"})),
     "log_ei": Entry(_log_ei, frozenset({"best_f"}), unit="nats"),
-    "thompson": Entry(_thompson, frozenset({"generator"}), per_query=True),
+    "thompson": Entry(_thompson, frozenset({"generator", "draws"}), per_query=True),
     "max_member": Entry(lambda given: MaxMember(given.model), frozenset({"members"})),
     "qucb": Entry(_qucb, frozenset({"beta", "X_pending", "generator"})),
     "qlog_ei": Entry(_qlog_ei, frozenset({"best_f", "X_pending", "generator"}), unit="nats"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from pathlib import Path
+from typing import Literal
 
 from tiltopt import rewards, surrogates
 from tiltopt.errors import ConfigError
@@ -100,7 +101,7 @@ def _check_model(settings: Settings) -> None:
 
 def _check_acquisition(settings: Settings) -> None:
     """Whether the acquisition exists, and finds what it needs in the surrogate."""
-    name, model = check_name("acquisition.name", settings.acquisition.name, ACQUISITIONS), settings.model.name
+    name = check_name("acquisition.name", settings.acquisition.name, ACQUISITIONS)
     count = len(maximised(objectives_of(settings))) or 1
     if ACQUISITIONS[name].several != (count > 1) and not settings.evaluate.surrogate:
         fitting = ", ".join(other for other, entry in ACQUISITIONS.items() if entry.several == (count > 1))
@@ -108,12 +109,26 @@ def _check_acquisition(settings: Settings) -> None:
             f"`acquisition.name`: expected one of {fitting} for {count} maximised objective{'s' if count > 1 else ''} "
             f"(`objectives`), got {name!r}."
         )
-    if "members" in ACQUISITIONS[name].needs and not surrogates.SURROGATES[model].members:
-        having = ", ".join(other for other, entry in surrogates.SURROGATES.items() if entry.members)
-        raise ConfigError(
-            f"`acquisition.name`: {name!r} looks at the members of a surrogate, and model.name = {model!r} has none; "
-            f"set model.name to {having}, or acquisition.name to ucb."
-        )
+    for need in ("members", "draws"):
+        if need in ACQUISITIONS[name].needs:
+            _check_offers("acquisition.name", name, settings, need)
+    if settings.search.parents == "thompson" and settings.search.operators != "global":
+        _check_offers("search.parents", "thompson", settings, "draws")
+
+
+def _check_offers(key: str, value: str, settings: Settings, need: Literal["members", "draws"]) -> None:
+    """Whether the surrogate, or each of those that may be chosen, has what the value of a key needs of it."""
+    model = settings.model.name
+    known = surrogates.SURROGATES["auto"].options["candidates"].default
+    chosen = settings.model.options.get("candidates", known) if model == "auto" else (model,)
+    if all(getattr(surrogates.SURROGATES[name], need) for name in chosen):
+        return
+    having = ", ".join(name for name, entry in surrogates.SURROGATES.items() if getattr(entry, need) and name != "auto")
+    of = "the members of a surrogate" if need == "members" else "a draw from the posterior of a surrogate"
+    raise ConfigError(
+        f"`{key}`: {value!r} looks at {of}, and model.name = {model!r} has none; set model.name to one of {having}, or "
+        "acquisition.name to ucb."
+    )
 
 
 def _check_reward(settings: Settings) -> None:

@@ -30,6 +30,17 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"sampler": {"select": "all"}}, "`sampler.select`: expected one of draw, argmax"),
     ({"acquisition": {"name": "ucbb"}}, "`acquisition.name`: .* Did you mean `ucb`"),
     ({"acquisition": {"name": "max_member"}, "model": {"name": "linear"}}, "`acquisition.name`: .*members"),
+    ({"acquisition": {"name": "max_member"}, "model": {"name": "auto"}}, "`acquisition.name`: .*members"),
+    ({"acquisition": {"name": "thompson"}, "model": {"name": "seiko"}}, "`acquisition.name`: 'thompson' .* a draw"),
+    (
+        {"acquisition": {"name": "thompson"}, "model": {"name": "auto", "candidates": ["linear", "seiko"]}},
+        "`acquisition.name`: 'thompson' .* a draw",
+    ),
+    (
+        {"search": {"operators": "global+restart", "parents": "thompson"}, "model": {"name": "seiko"}},
+        "`search.parents`: 'thompson' .* a draw",
+    ),
+    ({"model": {"name": "auto", "options": {"linear": 3}}}, "`model.options.linear`: expected a mapping"),
     ({"reward": {"name": "jpeg_compresibility"}}, "jpeg_compressibility"),
     ({"reward": {"name": "jpeg_compressibility", "qualty": 3}}, "quality"),
     ({"reward": {"nam": "jpeg_compressibility"}}, "unknown configuration key `reward.nam`. Did you mean `reward.name`"),
