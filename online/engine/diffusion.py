@@ -19,11 +19,10 @@ from tiltopt import surrogates
 from tiltopt.errors import ConfigError, TiltoptError
 from tiltopt.kinds import needs
 from tiltopt.online.engine import memory
-from tiltopt.online.engine.aim import Aim, aim, fit_several, model_of
 from tiltopt.online.engine.feature_pilot import FeaturePilot
 from tiltopt.online.engine.images import to_designs, to_images
 from tiltopt.online.engine.in_memory import held_prior, named
-from tiltopt.online.engine.potential import AcquisitionPotential
+from tiltopt.online.engine.potential import AcquisitionPotential, Aim, aim, fit_several, model_of
 from tiltopt.online.engine.price import LEAST, bound, cost_of, first_price
 from tiltopt.online.engine.restarts import latents_of, law_of, origin_of, sampler_of
 from tiltopt.online.hooks import OnStep

@@ -306,8 +306,12 @@ def check_text(settings: Any) -> None:
 
 def check_template(key: str, template: str) -> None:
     """A template is empty, or has a place for the noun. Raises ConfigError."""
-    if template and "{}" not in template:
-        raise ConfigError(f"`{key}`: expected a template that contains {{}}, got {template!r}.")
+    try:
+        fine = not template or ("{}" in template and bool(template.format("cat")))
+    except (LookupError, ValueError):  # of another place, or of a single brace
+        fine = False
+    if not fine:
+        raise ConfigError(f"`{key}`: expected a template that contains {{}} and no other braces, got {template!r}.")
 
 
 def build(cls: type[T], config: Mapping[str, Any]) -> T:

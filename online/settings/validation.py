@@ -35,6 +35,7 @@ def validated(settings: Settings) -> Settings:
     check_tracker(settings.tracker)
     _check_model(settings)
     _check_acquisition(settings)
+    _check_search(settings)
     if not settings.prior.fingerprint:
         check_path("prior.path", settings.prior.path, "model_index.json", "a StableDiffusionPipeline folder")
     check_path("features.path", settings.features.path, "config.json", "a CLIPModel folder")
@@ -109,26 +110,41 @@ def _check_acquisition(settings: Settings) -> None:
             f"`acquisition.name`: expected one of {fitting} for {count} maximised objective{'s' if count > 1 else ''} "
             f"(`objectives`), got {name!r}."
         )
-    for need in ("members", "draws"):
-        if need in ACQUISITIONS[name].needs:
-            _check_offers("acquisition.name", name, settings, need)
-    if settings.search.parents == "thompson" and settings.search.operators != "global":
-        _check_offers("search.parents", "thompson", settings, "draws")
+    needs = ACQUISITIONS[name].needs
+    if "members" in needs and (lack := _lack(settings, "members")):
+        raise ConfigError(
+            f"`acquisition.name`: {name!r} looks at the members of a surrogate, and {lack}, or acquisition.name to ucb."
+        )
+    if "draws" in needs and (lack := _lack(settings, "draws")):
+        raise ConfigError(
+            f"`acquisition.name`: {name!r} draws functions from a surrogate, and {lack}, or acquisition.name to ucb."
+        )
 
 
-def _check_offers(key: str, value: str, settings: Settings, need: Literal["members", "draws"]) -> None:
-    """Whether the surrogate, or each of those that may be chosen, has what the value of a key needs of it."""
-    model = settings.model.name
-    known = surrogates.SURROGATES["auto"].options["candidates"].default
-    chosen = settings.model.options.get("candidates", known) if model == "auto" else (model,)
-    if all(getattr(surrogates.SURROGATES[name], need) for name in chosen):
+def _lack(settings: Settings, need: Literal["members", "draws"]) -> str:
+    """Which of the surrogates that may be fitted has nothing of the kind, in words; "" where each has."""
+    table, model = surrogates.SURROGATES, settings.model
+    known = table["auto"].options["candidates"].default
+    chosen = model.options.get("candidates", known) if model.name == "auto" else (model.name,)
+    without = [name for name in chosen if not getattr(table[name], need)]
+    having = [name for name, entry in table.items() if getattr(entry, need) and name != "auto"]
+    return f"model.name = {without[0]!r} has none; set model.name to {', '.join(having)}" if without else ""
+
+
+def _check_search(settings: Settings) -> None:
+    """Whether queries can start where they are to start."""
+    search = settings.search
+    if search.operators == "global":
         return
-    having = ", ".join(name for name, entry in surrogates.SURROGATES.items() if getattr(entry, need) and name != "auto")
-    of = "the members of a surrogate" if need == "members" else "a draw from the posterior of a surrogate"
-    raise ConfigError(
-        f"`{key}`: {value!r} looks at {of}, and model.name = {model!r} has none; set model.name to one of {having}, or "
-        "acquisition.name to ucb."
-    )
+    if settings.prior.num_steps < 2:
+        raise ConfigError(
+            f"`search.operators`: {search.operators!r} enters the chain half-way, and prior.num_steps = 1 has no such "
+            "place; take more steps, or 'global'."
+        )
+    if search.parents == "thompson" and (lack := _lack(settings, "draws")):
+        raise ConfigError(
+            f"`search.parents`: 'thompson' draws functions from a surrogate, and {lack}, or search.parents to rank."
+        )
 
 
 def _check_reward(settings: Settings) -> None:
