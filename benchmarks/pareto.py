@@ -41,7 +41,7 @@ from tiltopt.surrogates.several import hypervolume, reference_point
 
 ENDS = torch.tensor([[0.2, 0.2, 0.5, 0.5], [0.8, 0.8, 0.5, 0.5]], dtype=torch.float64)
 REFERENCE = torch.tensor([-1.0, -1.0], dtype=torch.float64)
-ALPHA = {"chebyshev": 5e-4, "qlog_nehvi": 0.2}
+ALPHA = {"chebyshev": 2.5e-3, "qlog_nehvi": 0.2}
 
 
 def answers(x: Tensor) -> Tensor:
@@ -66,7 +66,9 @@ def search(acquisition: str, seed: int, *, rounds: int = 5, batch: int = 8, pool
     objectives = (Objective("first"), Objective("second"))
     for round_ in range(rounds):
         features = torch.cat([x, x**2], dim=1)
-        data = Observations(features, answers(x), None, features[:0], objectives=objectives, reference=REFERENCE)
+        data = Observations(
+            features, answers(x), None, features[:0], objectives=objectives, reference=REFERENCE, first=answers(x[:20])
+        )
         model = fit_several("linear", data, generator(seed, "fit", round_))
         for i in range(batch):
             own = generator(seed, "query", round_, i if acquisition == "chebyshev" else 0)

@@ -653,9 +653,12 @@ class Optimizer:
 
 
 def _engine_of(settings: Settings, prior: Any, engine: Engine | None, team: Team | None) -> DiffusionEngine:
-    """What draws from a prior in memory. Raises ConfigError beside another engine."""
+    """What draws from a prior in memory. Raises ConfigError beside another engine, or for another sampler's prior."""
     from tiltopt.online.engine.diffusion import DiffusionEngine
+    from tiltopt.online.settings.validation import check_sampler
 
     if engine is not None:
         raise ConfigError("expected `prior` or `engine`, got both: an engine has a prior of its own.")
-    return DiffusionEngine(settings, team, prior)
+    held = DiffusionEngine(settings, team, prior)
+    check_sampler(held.settings.sampler, held.settings.prior)
+    return held

@@ -166,6 +166,8 @@ class Observations:
         failed: (f, d) float64 features of queries whose evaluation failed; None reads as none.
         objectives: what the columns of Y and sem are, which then are (n, m); () in a run of one number per answer.
         reference: (t,) float64, what the hypervolume of the t maximised objectives is measured from.
+        first: (f, m) float64, the answers of m objectives before the first tilted round, which make them comparable for
+            the whole run; None: all of Y.
     """
 
     X: Tensor
@@ -177,6 +179,7 @@ class Observations:
     failed: Tensor | None = None
     objectives: tuple[Objective, ...] = ()
     reference: Tensor | None = None
+    first: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -245,7 +245,8 @@ def _tilt(
     data = store.comparisons.data() if settings.pairwise else store.data(objectives)
     if objectives:
         first = store.first_outcomes(objectives)
-        data = replace(data, reference=reference_of(objectives, settings.reference_point, first))
+        point = reference_of(objectives, settings.reference_point, first)
+        data = replace(data, reference=point, first=first if len(first) > 1 else None)
     try:
         _check_enough(data)
         on_progress("fit", 0, 1)

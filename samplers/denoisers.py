@@ -34,9 +34,13 @@ class Denoiser:
         sample_size: (h, w) that the network was trained at.
         patch: h and w are multiples of it.
         told: the network is told its guidance scale and has no second branch.
+        over_pixels: its events are pictures; otherwise they need an autoencoder.
+        largest: the most that h and w can be; None: any.
     """
 
     told = False
+    over_pixels = False
+    largest: int | None = None
 
     def __init__(self, network: Any, encoders: Sequence[Any] = (), trained: Any = None) -> None:
         self.network, self.encoders = network, tuple(encoders)
@@ -157,6 +161,8 @@ class UNetDenoiser(Denoiser):
 class PixelDenoiser(Denoiser):
     """An unconditional UNet over pixels (DDPMPipeline, DDIMPipeline); a learned variance is dropped."""
 
+    over_pixels = True
+
     def __init__(self, unet: Any) -> None:
         super().__init__(unet)
         self.patch = 2 ** (len(unet.config.block_out_channels) - 1)
@@ -215,6 +221,10 @@ class PixArtDenoiser(PipelineText):
 
 class SD3Denoiser(PipelineText):
     """Stable Diffusion 3 and 3.5: two CLIP towers and T5 (zeros where the pipeline has none); predicts the flow."""
+
+    def __init__(self, pipe: Any) -> None:
+        super().__init__(pipe)
+        self.largest = self.patch * int(self.network.config.pos_embed_max_size)
 
     def schedule(self, scheduler: Any, num_steps: int, eta: float, renoise: bool, latent: torch.Size) -> Schedule:
         tokens = latent[1] * latent[2] // self.patch**2
@@ -310,7 +320,7 @@ class TextTowers:
         """(hidden states, pooled output) of encoder i."""
         tokenizer, encoder = self.tokenizers[i], self.encoders[i]
         device = next(encoder.parameters()).device
-        length = tokenizer.model_max_length
+        length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
         batch = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         for prompt, ids in zip(prompts, tokenizer(prompts)["input_ids"], strict=True):
             if len(ids) > length:
@@ -326,6 +336,9 @@ def denoiser_of(pipe: Any) -> Denoiser:
     Raises:
         PriorError: its network is none of those above.
     """
+    for i in ("", "_2", "_3"):
+        if getattr(pipe, f"text_encoder{i}", None) is not None and getattr(pipe, f"tokenizer{i}", None) is None:
+            raise PriorError(f"this {type(pipe).__name__} has text_encoder{i} and no tokenizer{i} for it; load both")
     name = type(getattr(pipe, "transformer", None)).__name__
     transformers = {
         "SD3Transformer2DModel": SD3Denoiser,

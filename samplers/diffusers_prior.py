@@ -103,6 +103,7 @@ class DiffusersPrior(Shown):
         if guidance_decoder is not None:
             is_path = isinstance(guidance_decoder, (str, Path))
             self.guidance_vae = load_decoder(guidance_decoder) if is_path else guidance_decoder
+            self._check_guidance_decoder()
         self._prepare(gradient_checkpointing, channels_last, vae_slicing, vae_tiling)
         if tf32:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -114,7 +115,10 @@ class DiffusersPrior(Shown):
     def from_pipeline(cls, pipe: Any, **options: Any) -> DiffusersPrior:
         """The prior of a loaded pipeline. Its modules are used, not copied: their precision and device change, and
         adapters that were loaded into them stay in effect. `options` are those of the constructor."""
-        return cls(denoiser_of(pipe), getattr(pipe, "vae", None), pipe.scheduler, **options)
+        denoiser, vae = denoiser_of(pipe), getattr(pipe, "vae", None)
+        if vae is None and not denoiser.over_pixels:
+            raise PriorError(f"this {type(pipe).__name__} denoises latents and has no autoencoder (vae) to decode them")
+        return cls(denoiser, vae, pipe.scheduler, **options)
 
     @property
     def branches(self) -> int:
@@ -242,7 +246,7 @@ class DiffusersPrior(Shown):
 
     @cached_property
     def fingerprint(self) -> str:
-        """12 hexadecimal digits over every weight (adapters with their scales included) and the noise schedule.
+        """12 hexadecimal digits over every weight (adapters with their scales included), noise schedule and size.
 
         Two priors of one fingerprint draw the same pictures from the same settings; a run may refuse to go on with
         another. Read once: adapters that are loaded later are not in it.
@@ -255,7 +259,9 @@ class DiffusersPrior(Shown):
             if isinstance(getattr(inner, "scaling", None), dict)  # a layer of PEFT
         ]
         levels = json.dumps([self.chain.a, self.chain.b, self.schedule.times])
-        return content_digest(modules, levels, repr(self.schedule.prediction), *adapters)
+        latent = tuple(self.event_shape[1:])
+        size = [] if latent == self.denoiser.sample_size else [f"size {latent}"]
+        return content_digest(modules, levels, repr(self.schedule.prediction), *adapters, *size)
 
     def to(self, device: str | torch.device) -> DiffusersPrior:
         """Moves the modules and encodes the negative prompt there; returns self."""
@@ -339,13 +345,33 @@ class DiffusersPrior(Shown):
                 )
         latent = self.denoiser.sample_size
         if size is not None:
-            pixels = (size, size) if isinstance(size, int) else tuple(size)
-            step = factor * self.denoiser.patch
-            if len(pixels) != 2 or any(p < 1 or p % step for p in pixels):
-                raise PriorError(f"`size` must be positive multiples of {step} pixels, got {size}")
+            pixels = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+            step, largest = factor * self.denoiser.patch, self.denoiser.largest
+            if len(pixels) != 2 or any(type(p) is not int or p < 1 or p % step for p in pixels):
+                raise PriorError(
+                    f"`size` must be positive multiples of {step} pixels, one or (height, width), got {size!r}"
+                )
             latent = (pixels[0] // factor, pixels[1] // factor)
+            if largest is not None and max(latent) > largest:
+                raise PriorError(f"`size` can be {largest * factor} pixels at most with this network, got {size!r}")
         image = (latent[0] * factor, latent[1] * factor)
         return image, torch.Size((self.denoiser.channels, *latent))
+
+    def _check_guidance_decoder(self) -> None:
+        if self.vae is None:
+            raise PriorError("`guidance_decoder`: this model is over pixels and decodes nothing; leave it out")
+        config = getattr(self.guidance_vae, "config", None)
+        if not (hasattr(config, "latent_channels") and hasattr(config, "block_out_channels")):
+            raise PriorError(
+                "`guidance_decoder` must be an AutoencoderTiny or the folder of one, got "
+                f"{type(self.guidance_vae).__name__}; a function is for DAS(guidance_decoder=...)"
+            )
+        small, large = (2 ** (len(c.block_out_channels) - 1) for c in (config, self.vae.config))
+        if config.latent_channels != self.denoiser.channels or small != large:
+            raise PriorError(
+                f"`guidance_decoder` must decode {self.denoiser.channels} channels at {large} pixels per latent, "
+                f"got one for {config.latent_channels} at {small}"
+            )
 
     def _prepare(self, checkpointing: bool, channels_last: bool, slicing: bool, tiling: bool) -> None:
         """Modules in inference mode, without parameter gradients; optional memory settings."""
@@ -354,13 +380,6 @@ class DiffusersPrior(Shown):
         for module in (network, *decoders, *self.denoiser.encoders):
             module.requires_grad_(False)
             module.eval()
-        if self.guidance_vae is not None:
-            small, large = (2 ** (len(v.config.block_out_channels) - 1) for v in (self.guidance_vae, self.vae))
-            if self.guidance_vae.config.latent_channels != self.denoiser.channels or small != large:
-                raise PriorError(
-                    f"`guidance_decoder` must decode {self.denoiser.channels} channels at {large} pixels per latent, "
-                    f"got one for {self.guidance_vae.config.latent_channels} at {small}"
-                )
         if channels_last:
             for module in (network, *decoders):
                 module.to(memory_format=torch.channels_last)

@@ -129,6 +129,7 @@ class Twisted:
         self._batches = MicroBatches(cond, num_particles, micro_batch)
         self._stds = [float(prior.std(k)) for k in range(self.num_steps)]
         self._device = torch.device(getattr(prior, "device", "cpu"))
+        self._design_shape: torch.Size | None = None
         guided = potential is not None and options.gradient != "none"
         if guided and not any(s > 0 for s in self._stds):
             raise ConfigError(
@@ -265,6 +266,9 @@ class Twisted:
             with torch.set_grad_enabled(with_gradient):
                 designs = decode(x0)
                 self._check_designs(designs, len(x), k)
+            if not last and options.guidance_decoder is not None:
+                self._check_guidance(designs, x0)
+            with torch.set_grad_enabled(with_gradient):
                 if self._potential is not None:
                     log_g = check_potential(self._potential(designs, cond), x.shape[0], self._potential)
         if with_gradient and log_g is not None:
@@ -283,6 +287,17 @@ class Twisted:
             raise PriorError(
                 f"The decoder must return finite designs, got NaN or infinity at step {k} of {self.num_steps}. Half "
                 "precision can overflow: try a wider `vae_dtype`, or another decoder."
+            )
+
+    def _check_guidance(self, designs: Tensor, x0: Tensor) -> None:
+        """PriorError where a decoder for looks on the way makes designs of another shape than the prior's."""
+        if self._design_shape is None:
+            with torch.no_grad():
+                self._design_shape = self._prior.decode(x0[:1].detach()).shape[1:]
+        if designs.shape[1:] != self._design_shape:
+            raise PriorError(
+                f"`guidance_decoder` must make designs like the prior's, {tuple(self._design_shape)} each, got "
+                f"{tuple(designs.shape[1:])}."
             )
 
     def _require_finite(self, what: str, k: int, good: Tensor, values: Tensor | None = None) -> None:

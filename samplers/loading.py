@@ -22,6 +22,7 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
@@ -43,6 +44,8 @@ SUPPORTED = (
 )
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # no picture is drawn with them
 _BUFFERS = ("position_ids",)  # older releases stored them; computed today
+_DAMAGE = (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError)
+"""What loaders raise at files that are not whole."""
 
 
 def load_pipeline(path: str | Path, *, dtype: str = "float32", variant: str | None = None) -> Any:
@@ -74,13 +77,20 @@ def load_pipeline(path: str | Path, *, dtype: str = "float32", variant: str | No
                 place = folder / part if (folder / part).is_dir() else folder  # early DDPMs lie beside the index
                 loaded_as = torch.float32 if part == "vae" else precision
                 parts[part] = _load_network(library, kind, place, part, loaded_as, variant)
+        for part, entry in index.items():
+            if part.startswith("tokenizer") and entry != [None, None]:
+                _config_of(folder / part / "tokenizer_config.json", part)
+        if (folder / "scheduler").is_dir() and "_class_name" not in _config_of(
+            folder / "scheduler" / "scheduler_config.json", "scheduler"
+        ):
+            raise PriorError(f"`scheduler` at {source!r} names no class; save it again, or download it anew")
         try:
             made = getattr(diffusers, name).from_pretrained(folder, **parts)
             for part in made.components.values():
                 if isinstance(part, transformers.PreTrainedTokenizerBase):
                     with_words(part)
             return made
-        except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        except _DAMAGE as error:
             raise PriorError(f"the pipeline at {source!r} is incomplete or damaged: {_first_line(error)}") from error
 
 
@@ -107,20 +117,28 @@ def add_lora(pipe: Any, path: str | Path) -> None:
     """
     if not diffusers.utils.is_peft_available():
         raise PriorError("a LoRA needs the package peft: pip install peft")
-    file = Path(path).expanduser()
+    kind, file = type(pipe).__name__, Path(path).expanduser()
+    if not hasattr(pipe, "load_lora_weights"):
+        raise PriorError(f"a {kind} takes no LoRA, got {str(path)!r}; leave `lora` out")
     where, name = (file.parent, {"weight_name": file.name}) if file.is_file() else (path, {})
+    source = {"pretrained_model_name_or_path_or_dict": str(where), "local_files_only": _offline(), **name}
     try:
         with _quiet():
-            pipe.load_lora_weights(str(where), local_files_only=_offline(), **name)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+            pipe.load_lora_weights(**source)
+            found = pipe.lora_state_dict(**source)
+    except (*_DAMAGE, AttributeError, IndexError) as error:
         raise PriorError(
-            f"the LoRA at {str(path)!r} does not fit this {type(pipe).__name__}, or is damaged; it must be made for "
-            f"the same base model: {_first_line(error)}"
+            f"the LoRA at {str(path)!r} does not fit this {kind}, or is damaged; it must be made for the same base "
+            f"model: {_first_line(error)}"
         ) from error
-    if not any(names for names in pipe.get_list_adapters().values()):
+    stored = found[0] if isinstance(found, tuple) else found
+    wanted = sum(tensor.ndim > 1 for tensor in stored.values())  # matrices: scales and biases have other names inside
+    parts = (part for part in pipe.components.values() if isinstance(part, nn.Module))
+    loaded = sum("lora_" in key and value.ndim > 1 for part in parts for key, value in part.named_parameters())
+    if loaded < wanted:
         raise PriorError(
-            f"the LoRA at {str(path)!r} names no layer of this {type(pipe).__name__}: it was made for another base "
-            "model"
+            f"the LoRA at {str(path)!r} was made for another base model: of its {wanted} matrices, {wanted - loaded} "
+            f"belong to layers that this {kind} does not have"
         )
 
 
@@ -210,7 +228,7 @@ def _load_network(library: Any, kind: Any, place: Path, part: str, dtype: torch.
         module, info = kind.from_pretrained(
             place, torch_dtype=dtype, variant=variant, use_safetensors=True, output_loading_info=True, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+    except _DAMAGE as error:
         raise PriorError(f"`{part}` at {str(place)!r} is incomplete or damaged: {_first_line(error)}") from error
     for what, fault in (
         ("missing_keys", "lacks weights that its config.json asks for"),
@@ -247,6 +265,14 @@ def _check_files(place: Path, part: str, variant: str | None) -> None:
             f"`{part}` at {str(place)!r} has pickled weights only (.bin), and only safetensors are loaded; convert it "
             "with `pipe.save_pretrained(folder, safe_serialization=True)`"
         )
+
+
+def _config_of(path: Path, part: str) -> dict[str, Any]:
+    """What a part's configuration says. PriorError where there is none: loaders make a part of defaults then."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise PriorError(f"`{part}`: {path} is missing or damaged ({_first_line(error)}); download it anew") from error
 
 
 def _offline() -> bool:

@@ -7,9 +7,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -104,9 +105,18 @@ class TorchPrior(Shown):
         return {"steps": self.num_steps, "eta": f"{self.chain.eta:g}", "events": events, "device": self.device}
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Prompts through `encode_cond`; without it they mean nothing."""
+        """Prompts through `encode_cond`; without it they mean nothing.
+
+        Raises:
+            PriorError: `encode_cond` returned something else than tensors with a row for each prompt.
+        """
         checked = check_prompts(prompts)
-        return Conditioning(checked, None if self._encode is None else self._encode(checked))
+        embeds = None if self._encode is None else self._encode(checked)
+        for leaf in _leaves(embeds):
+            if not isinstance(leaf, Tensor) or leaf.ndim == 0 or len(leaf) != len(checked):
+                got = f"shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else type(leaf).__name__
+                raise PriorError(f"`encode_cond` must return tensors with {len(checked)} rows, one a prompt, got {got}")
+        return Conditioning(checked, embeds)
 
     def initial(self, n: int, generator: Generator) -> Tensor:
         """(n, *event) of the chain's first standard deviation, drawn on the generator's device."""
@@ -152,10 +162,44 @@ class TorchPrior(Shown):
 
     @cached_property
     def fingerprint(self) -> str:
-        """12 hexadecimal digits over the model's weights (if it is a module) and the noise levels."""
-        modules = [self.model] if isinstance(self.model, nn.Module) else []
+        """12 hexadecimal digits over noise levels, eta and the weights of every module that `model`, `decode` and
+        `encode_cond` are or name. What a function computes without modules is not in it."""
+        found = (module for given in (self.model, self._decode, self._encode) for module in _modules(given))
+        modules = {id(module): module for module in found}.values()
         levels = json.dumps([self.chain.a, self.chain.b, self.schedule.times])
-        return content_digest(modules, levels, repr(self.schedule.prediction))
+        eta = [] if self.chain.eta == 1.0 else [f"eta {self.chain.eta}"]
+        return content_digest(modules, levels, repr(self.schedule.prediction), *eta)
+
+
+def _leaves(tree: Any) -> Iterator[Any]:
+    """What a nested structure of embeddings holds."""
+    if isinstance(tree, dict):
+        tree = tuple(tree.values())
+    if isinstance(tree, (tuple, list)):
+        for branch in tree:
+            yield from _leaves(branch)
+    elif tree is not None:
+        yield tree
+
+
+def _modules(thing: Any, depth: int = 3) -> Iterator[nn.Module]:
+    """The modules that a function reaches by name: itself, what it is bound to, what its closure, its globals and the
+    attributes of these hold (a pipeline's network, say)."""
+    if isinstance(thing, nn.Module):
+        yield thing
+    elif depth and thing is not None and not isinstance(thing, type) and not inspect.ismodule(thing):
+        reached: list[Any] = []
+        if isinstance(thing, partial):
+            reached = [thing.func, *thing.args, *thing.keywords.values()]
+        elif inspect.ismethod(thing):
+            reached = [thing.__self__, thing.__func__]
+        elif inspect.isfunction(thing):
+            named = inspect.getclosurevars(thing)
+            reached = [*named.nonlocals.values(), *named.globals.values(), *(thing.__defaults__ or ())]
+        elif hasattr(thing, "__dict__"):
+            reached = list(vars(thing).values())
+        for one in reached:
+            yield from _modules(one, depth - 1)
 
 
 def _table(values: Any, name: str) -> np.ndarray:

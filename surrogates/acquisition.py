@@ -38,6 +38,8 @@ BASELINE = 32
 
 AUGMENTATION = 0.05
 """Weight of the sum beside the worst objective (Knowles 2006, ParEGO)."""
+SMOOTHING = 0.25
+"""How far apart objectives are, in answers' ranges, of which the worse one alone counts."""
 
 Need = Literal["beta", "best_f", "X_pending", "X_baseline", "generator", "members", "draws", "Y", "reference"]
 
@@ -53,7 +55,8 @@ class Given:
         X_pending: (m, d), features of points asked but not answered; None: there are none.
         X_baseline: (n, d), features of the answered designs.
         generator: of the Thompson draw, of random weights, and of the Monte-Carlo base samples.
-        Y: (n, m), answers of m objectives, reward units; their ranges make the objectives comparable.
+        Y: (n, m), answers of m objectives, reward units; their ranges make the objectives comparable. The same ones for
+            a whole run, so that a price means the same in every round.
         reference: (m,), what hypervolume is measured from, reward units.
     """
 
@@ -76,14 +79,14 @@ class Entry:
         needs: what it looks at beside the posterior; "members" and "draws": a surrogate that has them. Without pending
             points it does as well, without the others not.
         unit: of its values: "reward", so that they can be held against answers, or "nats", a logarithm, of which
-            dividing by alpha makes a power; "range", shares of the range of the answers.
+            dividing by alpha makes a power; "spread", standard deviations of what the answers are worth.
         per_query: whether every query should have one of its own (a draw at random).
         several: whether it is one of several objectives, and takes a `SeveralModel`.
     """
 
     make: Callable[[Given], nn.Module]
     needs: frozenset[Need] = frozenset()
-    unit: Literal["reward", "nats", "range"] = "reward"
+    unit: Literal["reward", "nats", "spread"] = "reward"
     per_query: bool = False
     several: bool = False
 
@@ -246,27 +249,42 @@ def _qlog_nei(given: Given) -> nn.Module:
 
 
 class Chebyshev(nn.Module):
-    """min_i s_i(x) / w_i + rho sum_i s_i(x), s_i the UCB of an objective above the reference point, in answers' ranges.
+    """-tau log sum_i exp(-t_i / tau) + rho sum_i s_i, of the UCBs of the objectives, in deviations of the answers' own.
 
-    It asks how far the front lies from the reference point in the direction w; the mean over all directions is the
-    hypervolume, so that random ones find the whole front, its concave parts and its ends included.
-    Source: Golovin and Zhang 2020, arXiv 2006.04655, lemma 5; Knowles 2006 (ParEGO) for the sum.
+    s_i is how far an objective is above the reference point, in answers' ranges, and t_i = s_i / w_i; below the point,
+    where no hypervolume is to be gained, t_i = s_i in every direction. With tau = 0 it is min_i t_i, which asks how far
+    the front lies from the reference point in the direction w; the mean over all directions is the hypervolume, so that
+    random ones find the whole front, its ends included. Its gradient, however, sees one objective at a time, and a
+    chain that follows it is driven to and fro between them; the smooth minimum leads towards all that are nearly worst.
+    Source: Golovin and Zhang 2020, arXiv 2006.04655, lemma 5; Lin et al. 2024, arXiv 2402.19078, for the smooth
+    minimum; Knowles 2006 (ParEGO) for the sum.
 
     Args:
         weights: (m,) positive, of length 1.
         reference, width: (m,), where s is 0, and how much is 1, reward units.
+        Y: (n, m), answers, whose scalarisations have standard deviation 1: the prices of all directions are alike.
     """
 
-    def __init__(self, model: SeveralModel, beta: float, weights: Tensor, reference: Tensor, width: Tensor) -> None:
+    def __init__(
+        self, model: SeveralModel, beta: float, weights: Tensor, reference: Tensor, width: Tensor, Y: Tensor
+    ) -> None:
         super().__init__()
         self.model, self.beta = model, beta
         self.weights, self.reference, self.width = weights, reference, width
+        spread = float(self._scalar(Y).std()) if len(Y) > 1 else 0.0
+        self.unit = spread if spread > 0 else 1.0
 
     def forward(self, X: Tensor) -> Tensor:
         posteriors: list[Any] = [part.posterior(X) for part in self.model.models]
         u = torch.cat([p.mean + (self.beta * p.variance.clamp_min(0)).sqrt() for p in posteriors], dim=-1)
+        return self._scalar(u)[..., 0] / self.unit
+
+    def _scalar(self, u: Tensor) -> Tensor:
+        """(..., m) reward units -> (...)."""
         share = (u - self.reference) / self.width
-        return ((share / self.weights).amin(dim=-1) + AUGMENTATION * share.sum(dim=-1))[..., 0]
+        reach = torch.where(share > 0, share / self.weights, share)
+        worst = -SMOOTHING * torch.logsumexp(-reach / SMOOTHING, dim=-1)
+        return worst + AUGMENTATION * share.sum(dim=-1)
 
 
 def _chebyshev(given: Given) -> nn.Module:
@@ -276,7 +294,7 @@ def _chebyshev(given: Given) -> nn.Module:
     direction = normal.abs().clamp_min(1e-3 * float(normal.norm()))
     weights = (direction / direction.norm()).to(given.Y.device)
     width = given.Y.amax(dim=0) - given.Y.amin(dim=0)
-    return Chebyshev(given.model, given.beta, weights, given.reference, torch.where(width > 0, width, 1.0))
+    return Chebyshev(given.model, given.beta, weights, given.reference, torch.where(width > 0, width, 1.0), given.Y)
 
 
 def _qlog_nehvi(given: Given) -> nn.Module:
@@ -354,7 +372,7 @@ ACQUISITIONS: dict[str, Entry] = {
     "qlog_ei": Entry(_qlog_ei, frozenset({"best_f", "X_pending", "generator"}), unit="nats"),
     "qlog_nei": Entry(_qlog_nei, frozenset({"X_baseline", "X_pending", "generator"}), unit="nats"),
     "chebyshev": Entry(
-        _chebyshev, frozenset({"beta", "generator", "Y", "reference"}), unit="range", per_query=True, several=True
+        _chebyshev, frozenset({"beta", "generator", "Y", "reference"}), unit="spread", per_query=True, several=True
     ),
     "qlog_nehvi": Entry(
         _qlog_nehvi, frozenset({"X_baseline", "X_pending", "generator", "reference"}), unit="nats", several=True

@@ -112,21 +112,25 @@ def layout(images: Tensor, z: Tensor, cells: int) -> Tensor:
 
 
 def colour_histogram(images: Tensor) -> Tensor:
-    """Which colours there are, wherever: soft histograms of brightness, red less green, and blue less yellow.
+    """Which colours there are, wherever: cumulative histograms of brightness, red less green, and blue less yellow.
 
-    A value counts for the two bins around it in proportion to its nearness (linear binning), so that the counts are
-    differentiable almost everywhere and sum to one.
+    A value counts for the two bins around it in proportion to its nearness (linear binning), so that the shares are
+    differentiable almost everywhere. They are summed up from the darkest bin on, and the sums written in the cosine
+    basis: a bin that is empty in almost every picture would vary too little among few of them for its scale to be
+    known, and no coefficient is such a bin.
 
     Returns:
-        (n, 3 BINS), shares of the picture.
+        (n, 3 (BINS - 1)), shares of the picture.
     """
     centres = torch.linspace(0, 1, BINS, dtype=images.dtype, device=images.device)
-    shares = []
+    basis = cosines(BINS - 1, images)
+    parts = []
     for i, values in enumerate(opponent(images).unbind(1)):
         spread = values if i == 0 else (torch.tanh(2 * values) + 1) / 2  # differences crowd around zero: finer there
         near = (1 - (spread.flatten(1)[:, None] - centres[:, None]).abs() * (BINS - 1)).clamp_min(0)
-        shares.append(near.mean(dim=2))
-    return torch.cat(shares, dim=1)
+        below = near.mean(dim=2).cumsum(dim=1)[:, :-1]  # the last is one
+        parts.append(below @ basis.T)
+    return torch.cat(parts, dim=1)
 
 
 def spectrum(images: Tensor, where: bool = False) -> Tensor:
@@ -161,7 +165,7 @@ BLOCKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "layout_2": lambda images, z: layout(images, z, 2),
     "layout_4": lambda images, z: layout(images, z, 4),
     "layout_8": lambda images, z: layout(images, z, 8),
-    "colours": lambda images, z: colour_histogram(images),
+    "colour_histogram": lambda images, z: colour_histogram(images),
     "spectrum": lambda images, z: spectrum(images),
     "spectrum_where": lambda images, z: spectrum(images, where=True),
 }

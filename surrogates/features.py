@@ -79,7 +79,7 @@ class ImageFeatures:
     - `latent_stats`: statistics of the latents of the prior's autoencoder (`blocks.latent_statistics`): how a picture
       looks. Few numbers, learnt from few answers.
     - `layout_2`, `layout_4`, `layout_8`: where colours and latents are, in three bands of scale (`blocks.layout`).
-    - `colours`: which colours there are (`blocks.colour_histogram`).
+    - `colour_histogram`: which colours there are (`blocks.colour_histogram`).
     - `spectrum`, `spectrum_where`: how fine the texture is and which way it runs; how that differs between the
       quarters of the picture (`blocks.spectrum`).
     - `patch_stats`: mean and standard deviation of the last hidden patch states of a CLIP image tower over the picture:

@@ -184,8 +184,22 @@ def test_bad_folders_are_named(folder: Path, tmp_path: Path) -> None:
     save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"visual_projection\.weight"):
         CLIPVision.load(broken)
+    more = {**load_file(folder / "model.safetensors"), "vision_model.encoder.layers.7.mlp.fc1.bias": torch.zeros(32)}
+    save_file(more, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"1 tensors have no place.*layers\.7"):
+        CLIPVision.load(broken)
+    other = {**load_file(folder / "model.safetensors"), "visual_projection.weight": torch.zeros(3, 3)}
+    save_file(other, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="no CLIP model"):
+        CLIPVision.load(broken)
+    (broken / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:999])
+    with pytest.raises(ConfigError, match="no CLIP model"):
+        CLIPVision.load(broken)
     wrong = tmp_path / "wrong"
     shutil.copytree(folder, wrong)
+    (wrong / "preprocessor_config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"preprocessor_config\.json is damaged"):
+        CLIPVision.load(wrong)
     (wrong / "preprocessor_config.json").write_text(json.dumps({"size": 16, "crop_size": 16}))
     with pytest.raises(ConfigError, match="16 x 16"):
         CLIPVision.load(wrong)

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 
 from tiltopt import __version__
 from tiltopt.errors import ConfigError, TiltoptError
+from tiltopt.options import did_you_mean
 
 if TYPE_CHECKING:
     from tiltopt.online.optimizer import Optimizer
     from tiltopt.online.settings.run import Settings
 
 TRUST = "execute the code of the run's own reward, although the folder is not yours; remembered for it"
-RUN = "a run"
+RUN, OF = "a run", "folder of the run"
 SURROGATE = "a run or the folder of a saved surrogate, such as checkpoints/<run>/round_004"
 Command = Callable[[argparse.Namespace], int]
 
@@ -37,9 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _joined(list(sys.argv[1:] if argv is None else argv))
     parser = make_parser()
     try:
+        [commands] = (action.choices or {} for action in parser._actions if action.dest == "command")
+        named = next((word for word in arguments if not word.startswith("-")), None)
+        if named is not None and named not in commands:
+            parser.error(f"unknown command {named!r}.{did_you_mean(named, commands)} `tiltopt --help` lists all.")
         options, rest = parser.parse_known_args(arguments)
         if rest and not (options.configured and rest[0].startswith("--config")):
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+            meant = did_you_mean(rest[0].partition("=")[0], commands[options.command]._option_string_actions)
+            parser.error(f"unrecognized arguments: {' '.join(rest)}.{meant}")
     except SystemExit as stop:  # argparse has said what is wrong, or printed its help
         return int(stop.code or 0)
     options.rest = rest
@@ -128,11 +134,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tiltopt {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
-    def add(name: str, call: Command, help: str, configured: bool = False, reads: str = "") -> _Parser:
-        """`configured`: takes --config arguments too. `reads`: what its folders must hold."""
+    def add(name: str, call: Command, help: str, configured: bool = False, reads: str = "", one: str = "") -> _Parser:
+        """`configured`: takes --config too. `reads`: what its folders must hold. `one`: its folder, in words."""
         command = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False)
         command.set_defaults(call=call, configured=configured, reads=reads)
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        if one:
+            command.add_argument("folder", help=one)
         return command
 
     run = add("run", _run, "start a run: --config FILE.py:PRESET [--config.KEY=VALUE ...]", configured=True)
@@ -140,8 +148,7 @@ def make_parser() -> argparse.ArgumentParser:
     run.lists_keys = True
     run.add_argument("--dry-run", action="store_true", help="say what the run would cost, and do nothing else")
 
-    resume = add("resume", _resume, "carry on a run that was stopped", reads=RUN)
-    resume.add_argument("folder", help="folder of the run")
+    resume = add("resume", _resume, "carry on a run that was stopped", reads=RUN, one=OF)
     resume.add_argument(
         "--reward", metavar="NAME", help="who answers, for a run that does not know who answered so far"
     )
@@ -167,9 +174,7 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--option", action="append", default=[], metavar="NAME.KEY=VALUE", help="an option of one of these rewards"
     )
-    evaluate.add_argument(
-        "--diversity", action="store_true", help="entropy, distances and Vendi score of CLIP embeddings"
-    )
+    evaluate.add_argument("--diversity", action="store_true", help="entropy, distances, Vendi score of CLIP embeddings")
     evaluate.add_argument("--clip", metavar="MODEL", help="for fidelity and diversity (default: that of the first run)")
     evaluate.add_argument(
         "--lpips", nargs=2, metavar=("BACKBONE", "HEADS"), help="weight files of LPIPS, for diversity"
@@ -193,12 +198,10 @@ def make_parser() -> argparse.ArgumentParser:
 
     add("presets", _presets, "list every shipped configuration with a line each")
 
-    retry = add("retry", _retry, "ask everything again that failed, and carry the run on", reads=RUN)
-    retry.add_argument("folder", help="folder of the run")
+    retry = add("retry", _retry, "ask everything again that failed, and carry the run on", reads=RUN, one=OF)
     retry.add_argument("--trust", action="store_true", help=TRUST)
 
-    refine = add("refine", _refine, "ask for new designs near one of a run", reads=RUN)
-    refine.add_argument("folder", help="folder of the run")
+    refine = add("refine", _refine, "ask for new designs near one of a run", reads=RUN, one=OF)
     refine.add_argument("id", type=int, help="the query to start from")
     refine.add_argument("--strength", type=float, default=0.5, help="near 0 keeps it, 1 is a fresh sample (default .5)")
     refine.add_argument("--n", type=_count, default=1, help="how many (default 1)")
@@ -217,12 +220,10 @@ def make_parser() -> argparse.ArgumentParser:
     report.add_argument("--out", metavar="FILE", help="the page that compares (default: comparison.html beside them)")
     report.add_argument("--per-round", type=_count, default=24, metavar="N", help="images per round (default 24)")
 
-    status = add("status", _status, "say where a run stands", reads=RUN)
-    status.add_argument("folder", help="folder of the run")
+    status = add("status", _status, "say where a run stands", reads=RUN, one=OF)
     status.add_argument("--json", action="store_true", help="for machines")
 
-    export = add("export", _export, "write the queries of a run as a table", reads=RUN)
-    export.add_argument("folder", help="folder of the run")
+    export = add("export", _export, "write the queries of a run as a table", reads=RUN, one=OF)
     kind = export.add_mutually_exclusive_group(required=True)
     kind.add_argument("--csv", metavar="FILE", help="comma-separated values; - for the standard output")
     kind.add_argument("--parquet", metavar="FILE", help="Apache Parquet (needs pyarrow)")
@@ -261,8 +262,7 @@ def make_parser() -> argparse.ArgumentParser:
     surrogate = add("surrogate", _surrogate, "say what a saved surrogate is and how well it predicted", reads=SURROGATE)
     surrogate.add_argument("folder", help="folder of the surrogate, checkpoints/<run>/round_NNN")
 
-    features = add("features", _features, "say which features predict the answers of a run best", reads=RUN)
-    features.add_argument("folder", help="folder of the run")
+    features = add("features", _features, "say which features predict the answers of a run best", reads=RUN, one=OF)
     features.add_argument("--kinds", nargs="+", metavar="KIND", help='as features.kind, e.g. "latent_stats+projection"')
     features.add_argument("--prompts", action="store_true", help="each kind with the prompt's embedding too")
     features.add_argument("--json", action="store_true", help="for machines")

@@ -9,7 +9,7 @@ PARTS: dict[str, str] = {
     "layout_2": "latents",
     "layout_4": "latents",
     "layout_8": "latents",
-    "colours": "pixels",
+    "colour_histogram": "pixels",
     "spectrum": "pixels",
     "spectrum_where": "pixels",
     "patch_stats": "clip",
@@ -21,7 +21,7 @@ PARTS: dict[str, str] = {
 (from latents)."""
 
 DEFAULT_KIND = "bank"
-BANK = "latent_stats+layout_2+layout_4+layout_8+colours+spectrum+spectrum_where+patch_stats+projection"
+BANK = "latent_stats+layout_2+layout_4+layout_8+colour_histogram+spectrum+spectrum_where+patch_stats+projection"
 ALIASES = {"both": "patch_mean+projection", "bank": BANK}
 """Short names: "bank" is every cheap block that shares nothing with another one."""
 

@@ -174,6 +174,7 @@ class CLIPVision:
             ConfigError: if nothing can be loaded from `path`, weights are missing in it, or its preprocessing makes
                 images of a size that the model does not take.
         """
+        from safetensors import SafetensorError
         from transformers import CLIPModel
 
         source = resolve(path)
@@ -183,18 +184,19 @@ class CLIPVision:
         try:
             with no_progress_bar():
                 loaded: Any = CLIPModel.from_pretrained(source, output_loading_info=True)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise ConfigError(
                 f'no CLIP model at `{source}`: {why_not(source, error)}. Expected "embedded", a folder saved by '
                 "CLIPModel.save_pretrained, or a hub id."
             ) from error
         model, info = loaded
-        if info["missing_keys"]:
-            missing = sorted(info["missing_keys"])
-            raise ConfigError(
-                f"`{source}` is not a complete CLIPModel: {len(missing)} tensors are missing, first {missing[0]}; "
-                "save the whole CLIPModel with save_pretrained."
-            )
+        for found, fault in (("missing_keys", "are missing"), ("unexpected_keys", "have no place in its config.json")):
+            names = sorted(name for name in info[found] if not name.endswith("position_ids"))  # older releases' buffer
+            if names:
+                raise ConfigError(
+                    f"`{source}` is not a complete CLIPModel: {len(names)} tensors {fault}, first {names[0]}; "
+                    "save the whole CLIPModel with save_pretrained."
+                )
         image_size = model.config.vision_config.image_size
         preprocess = Preprocess.from_config(_preprocessor_config(source), image_size)
         out = preprocess.output_size(image_size, image_size)
@@ -276,7 +278,7 @@ class CLIPVision:
 
         try:
             return with_words(CLIPTokenizer.from_pretrained(self.source))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise ConfigError(
                 f"`{self.source}` has no tokenizer, which prompt embeddings need: {why_not(self.source, error)}. Save "
                 "the model's CLIPTokenizer into the same folder."
@@ -339,7 +341,10 @@ def _preprocessor_config(source: str) -> dict[str, Any] | None:
         file = cached_file(source, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
         if file is None:
             return None
-    return json.loads(Path(str(file)).read_text(encoding="utf-8"))
+    try:
+        return json.loads(Path(str(file)).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{file} is damaged ({error}); save the model's image processor into its folder.") from error
 
 
 @contextlib.contextmanager

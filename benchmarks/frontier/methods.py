@@ -84,13 +84,13 @@ METHODS: dict[str, Method] = {
     "policy_gradient": Method(
         "policy gradient (DDPO), LoRA",
         "train",
-        (0.125, 0.25, 0.5, 1, 2),
+        (0.5, 1, 2, 4, 8),
         {"1e-3": {"rate": 1e-3}, "3e-3": {"rate": 3e-3}, "3e-4": {"rate": 3e-4}},
     ),
     "backpropagation": Method(
         "direct backpropagation, LoRA",
         "train",
-        (0.125, 0.25, 0.5, 1, 2),
+        (0.5, 1, 2, 4, 8),
         {
             "last_1e-3": {"rate": 1e-3, "depth": 1},
             "last_3e-3": {"rate": 3e-3, "depth": 1},

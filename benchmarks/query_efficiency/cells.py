@@ -11,9 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-RENAMED = {"ancestor": "seiko"}
-"""Methods under a name that older lines of the results file have."""
-
 
 @dataclass(frozen=True)
 class Budget:
@@ -88,7 +85,6 @@ def read(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-            row["method"] = RENAMED.get(row["method"], row["method"])
             rows[key_of(row)] = row
         except (json.JSONDecodeError, KeyError, TypeError):
             warnings.warn(f"{path}, line {number}, is not a finished cell; its cell will be run again.", stacklevel=2)

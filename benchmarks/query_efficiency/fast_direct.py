@@ -19,8 +19,6 @@ from tiltopt.types import Conditioning
 
 NOISE = 1e-4
 """Variance of the answers' noise, of standardised answers."""
-STEP = 0.1
-"""Of a noise along the direction, in lengths of a typical noise."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def follow(prior: Prior, path: Tensor, cond: Conditioning) -> Tensor:
     return x
 
 
-def moved(path: Tensor, direction: Tensor, step: float = STEP) -> Tensor:
+def moved(path: Tensor, direction: Tensor, step: float) -> Tensor:
     """The path with every noise a step further in one direction, at its old length.
 
     Args:
@@ -90,7 +88,7 @@ def moved(path: Tensor, direction: Tensor, step: float = STEP) -> Tensor:
     return scaled.view_as(path)
 
 
-def guided(prior: Prior, path: Tensor, cond: Conditioning, field: MeanField, passes: int, step: float = STEP) -> Tensor:
+def guided(prior: Prior, path: Tensor, cond: Conditioning, field: MeanField, passes: int, step: float) -> Tensor:
     """(n, *event): clean latents after so many moves of the path toward their pseudo-targets."""
     x = follow(prior, path, cond)
     for _ in range(passes):

@@ -19,9 +19,6 @@ from benchmarks.query_efficiency.turbo import Turbo
 from tiltopt.online.engine.diffusion import to_images
 from tiltopt.samplers.prior import Prior
 
-SUBSPACE = 20
-"""Dimensions of TuRBO's random subspace."""
-
 
 class Search(Protocol):
     """An optimiser of noises, higher is better."""
@@ -78,16 +75,17 @@ class CMAES:
 
 
 class TurboNoise:
-    """TuRBO over a random subspace: noise = typical(G u), G Gaussian (D, 20), u in [-1, 1]^20.
+    """TuRBO over a random subspace: noise = typical(G u), G Gaussian (D, s), u in [-1, 1]^s.
 
     For any u, over the draw of G, the noise is uniform on the sphere, like the prior's.
 
     Args:
         dim: D.
         seed: of the subspace and of the search.
+        subspace: s.
     """
 
-    def __init__(self, dim: int, seed: int, subspace: int = SUBSPACE) -> None:
+    def __init__(self, dim: int, seed: int, subspace: int) -> None:
         generator = Generator().manual_seed(seed)
         self._basis = torch.randn(subspace, dim, generator=generator, dtype=torch.float64)
         self._search = Turbo(subspace, seed)

@@ -8,20 +8,6 @@ from typing import Any
 
 from benchmarks.query_efficiency.methods import METHODS
 
-COLOURS = {
-    "prior": "#999999",
-    "best_of_n": "#666666",
-    "surrogate_best_of_n": "#56B4E9",
-    "greedy": "#E69F00",
-    "seiko": "#D55E00",
-    "seiko_finetune": "#AA4499",
-    "cma_es": "#CC79A7",
-    "turbo": "#882255",
-    "linear_ucb": "#000000",
-    "ensemble": "#009E73",
-    "thompson": "#0072B2",
-    "gp_log_ei": "#117733",
-}
 DASHES = {"ours": "-", "variant": "-.", "baseline": "--"}
 
 
@@ -54,9 +40,9 @@ def _line(panel: Any, name: str, method: Mapping[str, Any]) -> Any:
     queries = [r["queries"] for r in method["rounds"]]
     means = [r["mean"]["mean"] for r in method["rounds"]]
     halves = [r["mean"]["half_width"] or 0.0 for r in method["rounds"]]
-    kind = METHODS[name].kind
+    kind, colour = METHODS[name].kind, METHODS[name].colour
     low, high = zip(*[(m - h, m + h) for m, h in zip(means, halves, strict=True)], strict=True)
     if kind == "ours":
-        panel.fill_between(queries, low, high, color=COLOURS[name], alpha=0.12, linewidth=0)
+        panel.fill_between(queries, low, high, color=colour, alpha=0.12, linewidth=0)
     width = 2.2 if kind == "ours" else 1.2
-    return panel.plot(queries, means, DASHES[kind], color=COLOURS[name], linewidth=width, marker="o", markersize=2.5)[0]
+    return panel.plot(queries, means, DASHES[kind], color=colour, linewidth=width, marker="o", markersize=2.5)[0]

@@ -19,7 +19,14 @@ from benchmarks.query_efficiency.cells import Cell
 from benchmarks.query_efficiency.fast_direct import MeanField, follow, guided, paths
 from benchmarks.query_efficiency.finetuned import FineTuned, training_evaluations
 from benchmarks.query_efficiency.measure import Measures
-from benchmarks.query_efficiency.methods import ALPHA_PER_SD, METHODS, evaluations_of, settings_of
+from benchmarks.query_efficiency.methods import (
+    ALPHA_PER_SD,
+    FIXED_PRICE,
+    METHODS,
+    Rivals,
+    evaluations_of,
+    settings_of,
+)
 from benchmarks.query_efficiency.noise import CMAES, Search, TurboNoise, denoise
 from benchmarks.query_efficiency.plain import CachedPlain, plain_asks
 from tiltopt.online.engine.diffusion import DiffusionEngine, to_images
@@ -49,28 +56,31 @@ class Workshop:
     Args:
         folder: for runs under way and for the plain samples that methods share.
         overrides: changes of the settings of every method, as `key=value`.
+        rivals: settings of the rivals.
         measures: of images.
     """
 
     folder: Path
     overrides: tuple[str, ...] = ()
+    rivals: Rivals = field(default_factory=Rivals)
     measures: Measures = field(default_factory=Measures)
 
 
 def run_cell(cell: Cell, shop: Workshop) -> dict[str, Any]:
     """Run a cell, or finish one that was interrupted, and return its line for the results file."""
     folder = shop.folder / "runs" / cell.folder
-    settings = settings_of(cell, folder, 1.0, shop.overrides)
+    settings = settings_of(cell, folder, 1.0, shop.overrides, shop.rivals)
     black_box = make_reward(settings.reward.name, **settings.reward.options)
     alpha: float | None = None
     if METHODS[cell.method].config is not None:
-        alpha = price(cell, settings, black_box, shop)
-        settings = settings_of(cell, folder, alpha, shop.overrides)
+        if cell.method in FIXED_PRICE:
+            alpha = price(cell, settings, black_box, shop)
+            settings = settings_of(cell, folder, alpha, shop.overrides, shop.rivals)
         rounds, seconds = run_loop(cell, settings, black_box, shop)
     elif cell.method in ("cma_es", "turbo"):
-        rounds, seconds = run_noise(cell, settings, black_box)
+        rounds, seconds = run_noise(cell, settings, black_box, shop.rivals.subspace)
     elif cell.method == "fast_direct":
-        rounds, seconds = run_fast_direct(cell, settings, black_box)
+        rounds, seconds = run_fast_direct(cell, settings, black_box, shop.rivals.step)
     else:
         rounds, seconds = run_plain(cell, settings, black_box, shop)
     return line(cell, settings, rounds, seconds, alpha, shop.measures)
@@ -101,8 +111,8 @@ def line(
         "evaluations": evaluations_of(cell, settings),
         "of_training": cell.budget.rounds * training_evaluations(settings) if cell.method == "seiko_finetune" else 0,
         "seconds": round(seconds, 2),
-        "alpha": None if alpha is None else settings.sampler.alpha,
-        "particles": settings.sampler.num_particles if alpha is not None else 1,
+        "alpha": alpha,
+        "particles": settings.sampler.num_particles if METHODS[cell.method].config is not None else 1,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__},
     }
@@ -176,12 +186,12 @@ def run_plain(cell: Cell, settings: Settings, black_box: BlackBox, shop: Worksho
     return rounds, seconds
 
 
-def run_noise(cell: Cell, settings: Settings, black_box: BlackBox) -> tuple[list[Round], float]:
+def run_noise(cell: Cell, settings: Settings, black_box: BlackBox, subspace: int) -> tuple[list[Round], float]:
     """CMA-ES or TuRBO over the initial noise of the prior at eta = 0, on the prompts that every method is asked."""
     started = time.monotonic()
     prior = DiffusionEngine(dataclasses.replace(settings, prior=dataclasses.replace(settings.prior, eta=0.0))).prior
     dim, seed = prior.event_shape.numel(), derive(cell.seed, cell.method) % 2**32
-    search: Search = CMAES(dim, cell.budget.batch, seed) if cell.method == "cma_es" else TurboNoise(dim, seed)
+    search: Search = CMAES(dim, cell.budget.batch, seed) if cell.method == "cma_es" else TurboNoise(dim, seed, subspace)
     rounds: list[Round] = []
     for number, size in enumerate(cell.budget.sizes):
         prompts = [ask.prompt for ask in plain_asks(settings, number, cell.budget.sizes)]
@@ -193,7 +203,7 @@ def run_noise(cell: Cell, settings: Settings, black_box: BlackBox) -> tuple[list
     return rounds, time.monotonic() - started
 
 
-def run_fast_direct(cell: Cell, settings: Settings, black_box: BlackBox) -> tuple[list[Round], float]:
+def run_fast_direct(cell: Cell, settings: Settings, black_box: BlackBox, step: float) -> tuple[list[Round], float]:
     """Fast Direct over the noise paths of the prior, on the prompts that every method is asked."""
     started = time.monotonic()
     prior, rows = DiffusionEngine(settings).prior, settings.micro_batch
@@ -207,7 +217,7 @@ def run_fast_direct(cell: Cell, settings: Settings, black_box: BlackBox) -> tupl
             here = asks[start : start + rows]
             cond = prior.encode([ask.prompt for ask in here])
             path = paths(prior, [generator(ask.seed, "path") for ask in here])
-            found.append(follow(prior, path, cond) if field is None else guided(prior, path, cond, field, number))
+            found.append(follow(prior, path, cond) if field is None else guided(prior, path, cond, field, number, step))
         latents = torch.cat(found)
         with torch.no_grad():
             images = [image for part in latents.split(rows) for image in to_images(prior.decode(part))]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiltopt.errors import ConfigError
+from tiltopt.errors import ConfigError, PotentialError
 from tiltopt.online.engine.images import to_images
 from tiltopt.online.seeds import generator
 from tiltopt.samplers import DAS, FKSteering, Sampler, Samples
@@ -53,6 +53,11 @@ def draw(
     """
     if not (isinstance(alpha, (int, float)) and math.isfinite(alpha) and alpha > 0):
         raise ConfigError(f"`alpha` must be a price > 0 in reward units per nat, got {alpha!r}")
+    if not callable(reward):
+        raise ConfigError(
+            f"`reward` must be a function of designs and prompts, got {reward!r}; one of ours is made by "
+            "tiltopt.rewards.make_differentiable(name)"
+        )
     if sampler is not None and gradient is not None:
         raise ConfigError("`gradient` belongs to the default sampler; give it to yours instead")
     if black_box and gradient not in (None, "none"):
@@ -73,6 +78,13 @@ def _potential(reward: Callable[[Any, Sequence[str]], Any], alpha: float, black_
 
     def log_g(designs: Tensor, cond: Conditioning) -> Tensor:
         values = reward(to_images(designs) if black_box else designs, cond.prompts)
-        return torch.as_tensor(values, device=designs.device) / alpha
+        if isinstance(values, Tensor):
+            return values.to(designs.device) / alpha
+        try:
+            return torch.as_tensor(values, device=designs.device) / alpha
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise PotentialError(
+                f"`reward` must return one number per design, {len(designs)} of them, got {values!r}"
+            ) from error
 
     return log_g

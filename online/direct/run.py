@@ -86,11 +86,12 @@ def run_direct(settings: DirectSettings, team: Team | None = None) -> dict[str, 
     if settings.prior.memory == "auto":
         chosen = memory.settle(folder, team, prior, **what_is_tried(settings, team, prior, potential))
         settings = replace(settings, micro_batch=chosen.micro_batch)
-    sampler = _sampler(settings)
+    rows = RowLimit(settings.micro_batch)  # one for all: what does not fit once is not tried again
+    sampler = replace(_sampler(settings), micro_batch=rows)
     if isinstance(sampler, Tempered) and sampler.needs_pilot:
         sampler = _calibrated(sampler, prior, potential, prompts)
     drawn = draw(settings, team, prior, sampler, potential, prompts)
-    beside = _beside(settings, team, prior, prompts[: settings.plain_images()])
+    beside = _beside(settings, team, prior, prompts[: settings.plain_images()], rows)
     return on_main(team, lambda: _save(folder, settings, prompts, drawn, beside, runner, started))
 
 
@@ -163,7 +164,7 @@ def start_line(settings: DirectSettings) -> str:
 
 
 def _sampler(settings: DirectSettings) -> TwistedSampler | Demon:
-    return replace(make_sampler(settings.sampler), micro_batch=RowLimit(settings.micro_batch))
+    return make_sampler(settings.sampler)
 
 
 def draw(
@@ -199,10 +200,13 @@ def draw(
     return team.collect(mine, len(prompts))
 
 
-def _beside(settings: DirectSettings, team: Team, prior: DiffusersPrior, prompts: Sequence[str]) -> list[Image.Image]:
+def _beside(
+    settings: DirectSettings, team: Team, prior: DiffusersPrior, prompts: Sequence[str], rows: RowLimit
+) -> list[Image.Image]:
     """A plain sample of each prompt, from the seed of the tilted one."""
     alone = replace(settings, sampler=replace(settings.sampler, name="prior_only", num_particles=1, options={}))
-    found = draw(alone, team, prior, _sampler(alone), lambda designs, cond: designs.new_zeros(len(designs)), prompts)
+    plain = PriorOnly(micro_batch=rows)
+    found = draw(alone, team, prior, plain, lambda designs, cond: designs.new_zeros(len(designs)), prompts)
     return [sample.image for sample in found]
 
 

@@ -21,7 +21,7 @@ from tiltopt.online.settings.run import (
     plain,
     prompts_as_text,
 )
-from tiltopt.options import above, at_least, ranged
+from tiltopt.options import above, at_least, did_you_mean, ranged
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,10 @@ PRESETS: dict[str, Callable[[], ConfigDict]] = {
 def direct_preset(name: str) -> ConfigDict:
     """The preset called `name`, locked. ConfigError for an unknown one."""
     if name not in PRESETS:
-        raise ConfigError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}, as in config/das.py:demo.")
+        raise ConfigError(
+            f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}, as in config/das.py:demo."
+            f"{did_you_mean(name, PRESETS)}"
+        )
     config = PRESETS[name]()
     config.run_dir = f"checkpoints/direct_{name}"
     return config.lock()

@@ -21,7 +21,7 @@ from tiltopt.kinds import needs
 from tiltopt.online.engine import memory
 from tiltopt.online.engine.feature_pilot import FeaturePilot
 from tiltopt.online.engine.images import to_designs, to_images
-from tiltopt.online.engine.in_memory import held_prior, named
+from tiltopt.online.engine.in_memory import encoder_of, held_prior, named
 from tiltopt.online.engine.potential import AcquisitionPotential, Aim, aim, fit_several, model_of
 from tiltopt.online.engine.price import LEAST, bound, cost_of, first_price
 from tiltopt.online.engine.restarts import latents_of, law_of, origin_of, sampler_of
@@ -43,7 +43,7 @@ from tiltopt.samplers.restart import level_of
 from tiltopt.samplers.smc import Lineage
 from tiltopt.samplers.twisted import Tempered
 from tiltopt.surrogates.acquisition import ACQUISITIONS
-from tiltopt.surrogates.features import FeatureMap, make_features
+from tiltopt.surrogates.features import FeatureMap, LatentEncoder, make_features
 from tiltopt.surrogates.io import load, packed
 from tiltopt.surrogates.preference import fit_pairwise
 from tiltopt.surrogates.several import SeveralModel
@@ -118,10 +118,15 @@ class DiffusionEngine:
         return load_prior(s.path, **s.arguments(), device=self.team.device)
 
     @cached_property
+    def encoder(self) -> LatentEncoder:
+        """Pictures -> latents."""
+        return encoder_of(self.prior)
+
+    @cached_property
     def feature_map(self) -> FeatureMap:
         """Designs and prompts -> features."""
         s = self.settings.features
-        encoder = self.prior if needs(s.kind) & {"latents", "network"} else None
+        encoder = self.encoder if needs(s.kind) & {"latents", "network"} else None
         return make_features(s.path, s.kind, s.prompt_features, self.team.device, encoder, getattr(torch, s.dtype))
 
     def seen_by(self, features: FeatureSettings) -> DiffusionEngine:
@@ -162,6 +167,7 @@ class DiffusionEngine:
 
     def _settle(self) -> None:
         """Rows and levers that fit, where the settings leave them to the device; once per process. Collective."""
+        self.encoder  # noqa: B018  where designs are no pictures, this says so
         if self.settings.prior.memory != "auto" or self._settled:
             return
         chosen = memory.settle(self._folder, self.team, self.prior, **self.what_is_tried())
@@ -183,7 +189,7 @@ class DiffusionEngine:
         """Samples of p(x) exp(acquisition / alpha), one per ask."""
         self._settle()
         plan = replace(plan, alpha=self._price(model, data, asks, plan))
-        per_query = ACQUISITIONS[self.settings.acquisition.name].per_query  # each query follows its own posterior draw
+        per_query = self._per_query
         rows, particles = self.settings.micro_batch, self.settings.sampler.num_particles
         groups = self._deal(asks, 1 if per_query else rows // math.gcd(rows, particles))  # whole calls, none half empty
         tick = self._counter(on_step, groups)
@@ -244,8 +250,7 @@ class DiffusionEngine:
     def _plain(self, asks: Sequence[Ask], on_step: OnStep | None) -> list[Drawn]:
         groups = self._deal(asks, self.settings.micro_batch)
         tick = self._counter(on_step, groups)
-        out = [drawn for group in groups for drawn in self._plain_group(group, tick)]
-        return self.team.collect(out, len(asks))
+        return self.team.collect([drawn for group in groups for drawn in self._plain_group(group, tick)], len(asks))
 
     def _plain_group(self, group: Sequence[tuple[int, Ask]], tick: StepCounter) -> list[tuple[int, Drawn]]:
         plain = PriorOnly(micro_batch=self._rows)
@@ -380,6 +385,11 @@ class DiffusionEngine:
     # ------------------------------------------------------------------ price and tempering
 
     @property
+    def _per_query(self) -> bool:
+        """Whether each query follows a random acquisition of its own."""
+        return ACQUISITIONS[self.settings.acquisition.name].per_query
+
+    @property
     def _folder(self) -> Path:
         return place_of(self.settings.run_dir)
 
@@ -424,15 +434,20 @@ class DiffusionEngine:
         """The price of a round; where no round has shown what it costs, queries are drawn to see. Collective."""
         if plan.budget is None:
             return plan.alpha
-        seed = derive(self.settings.seed, "acquisition")
-        acquisition = self._aim(model, data, plan, seed).acquisition
-        spread = float(self._values(lambda X: acquisition(X.unsqueeze(-2)), self.pilot.final).std()) or 1.0
+        shared = derive(self.settings.seed, "acquisition")
+        groups = [(ask.seed, [ask]) for ask in asks[:PROBES]] if self._per_query else [(shared, list(asks[:PROBES]))]
+        aims = [self._aim(model, data, plan, seed).acquisition for seed, _ in groups]
+        values = [self._values(lambda X, of=of: of(X.unsqueeze(-2)), self.pilot.final) for of in aims]
+        spread = sum(float(v.std()) for v in values) / len(values) or 1.0
 
         def cost(alpha: float) -> float | None:
-            potential, sampler = self._tilt(model, data, replace(plan, alpha=alpha), seed)
-            cond = self._encode([ask.prompt for ask in asks[:PROBES]])
-            seeds = [ask.seed for ask in asks[:PROBES]]
-            return cost_of(sampler, self.prior, potential, cond, self.settings.sampler, seeds)
+            found = []
+            for seed, probes in groups:
+                potential, sampler = self._tilt(model, data, replace(plan, alpha=alpha), seed)
+                cond, seeds = self._encode([ask.prompt for ask in probes]), [ask.seed for ask in probes]
+                found.append(cost_of(sampler, self.prior, potential, cond, self.settings.sampler, seeds))
+            known = [nats for nats in found if nats is not None]
+            return sum(known) / len(known) if known else None
 
         alpha = plan.alpha
         if alpha is None:

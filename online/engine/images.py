@@ -9,9 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tiltopt.vision import check_images
+
 
 def to_images(designs: Tensor) -> list[Image.Image]:
-    """(n, 3, H, W) in [0, 1] -> n 8-bit RGB images."""
+    """(n, 3, H, W) in [0, 1] -> n 8-bit RGB images. Raises PotentialError for anything else."""
+    check_images(designs)
     pixels = (designs.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(p) for p in pixels]
 

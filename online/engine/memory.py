@@ -29,6 +29,8 @@ SHARE = 0.8
 """Of the free memory that is used; the rest is for fragments and what grows."""
 MOST_ROWS = 64
 """On an accelerator more rows at once are hardly faster."""
+ENOUGH_ROWS = 8
+"""With so many, checkpointing costs more time than further rows gain."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ def choose(
     backward: Backward,
     change_precision: bool,
 ) -> Choice:
-    """As many rows as fit, at most `wanted`, with the fewest levers that let them; the prior is left with these.
+    """As many rows as fit, at most `wanted`, with the levers that let them; the prior is left with these. A decoder in
+    half precision saves time too; checkpointing costs it, and is for devices that take fewer than `ENOUGH_ROWS`.
 
     Args:
         look: clean events and their prompts -> n rows: decoding, and what is computed from designs.
@@ -117,7 +120,9 @@ def choose(
     """
     device = torch.device(prior.device)
     row = free = rows = 0
-    for lever in _ladder(prior, device, backward, change_precision):
+    for lever, enough in _ladder(prior, device, backward, change_precision):
+        if rows >= min(wanted, enough):
+            break
         if lever:
             prior.use(**lever)
         free = available(device)
@@ -130,8 +135,6 @@ def choose(
             continue
         row = max(two - one, 1)
         rows = int((SHARE * free - max(one - row, 0)) // row)
-        if rows >= wanted:
-            break
     if rows < 1:
         raise PriorError(
             f"one row takes {_gib(row)} or more, and {_gib(free)} are free on {_name(device)}. What helps: "
@@ -159,15 +162,17 @@ def available(device: torch.device) -> int:
     return int(torch.cuda.mem_get_info(device)[0] + cached)
 
 
-def _ladder(prior: Any, device: torch.device, backward: Backward, change_precision: bool) -> list[dict[str, Any]]:
-    """What is tried, one after the other, each on top of those before."""
-    steps: list[dict[str, Any]] = [{}]
+def _ladder(
+    prior: Any, device: torch.device, backward: Backward, change_precision: bool
+) -> list[tuple[dict[str, Any], int]]:
+    """What is tried, one after the other, each on top of those before, and with how many rows it is not needed."""
+    steps: list[tuple[dict[str, Any], int]] = [({}, MOST_ROWS)]
     if not hasattr(prior, "use"):
         return steps
     if change_precision and device.type == "cuda" and prior.vae_dtype == torch.float32:
-        steps.append({"vae_dtype": "bfloat16"})
+        steps.append(({"vae_dtype": "bfloat16"}, MOST_ROWS))
     if backward != "none" and not prior.gradient_checkpointing:
-        steps.append({"gradient_checkpointing": True})
+        steps.append(({"gradient_checkpointing": True}, ENOUGH_ROWS))
     return steps
 
 

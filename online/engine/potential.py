@@ -85,7 +85,7 @@ def aim(
         X_pending=data.pending if len(data.pending) else None,
         X_baseline=_useful(data),
         generator=generator,
-        Y=data.Y[:, maximised(data.objectives)] if data.objectives else None,
+        Y=(data.Y if data.first is None else data.first)[:, maximised(data.objectives)] if data.objectives else None,
         reference=data.reference,
     )
     return Aim(acquisition, _together(chances))

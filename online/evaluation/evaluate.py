@@ -45,6 +45,7 @@ from tiltopt.online.team import Kept, on_main, with_peers
 from tiltopt.rewards.base import BlackBox
 from tiltopt.rewards.composition import Composition
 from tiltopt.surrogates import io
+from tiltopt.surrogates.several import SeveralModel
 
 PLAIN = 0
 """The first round of an evaluation; each of the others is of one surrogate."""
@@ -109,6 +110,11 @@ def check_evaluation(settings: Settings, out_dir: str | Path) -> dict[int, Path]
 def _check_surrogate(folder: Path) -> None:
     missing = [name for name in ("surrogate.json", "surrogate.safetensors") if not (folder / name).is_file()]
     if not missing:
+        if files.read_json(folder / "surrogate.json").get("class") == SeveralModel.kind:
+            raise ConfigError(
+                f"`evaluate.surrogate`: expected a surrogate of one number per answer, got {str(folder)!r}, which is "
+                "of several objectives; a round's summary says how each was predicted."
+            )
         return
     got = f"no {' and no '.join(missing)} in it" if folder.is_dir() else "no such folder"
     near = sorted(str(p.parent) for p in (folder if folder.is_dir() else folder.parent).glob("*/surrogate.json"))

@@ -1,18 +1,26 @@
-"""Two pictures of a run as inline SVG: rewards over queries, and predictions against answers.
+"""The pictures of a page as inline SVG, drawn by matplotlib: rewards over queries, predictions against answers, runs
+beside each other, frontiers.
 
-Colours come from the page's style sheet through classes, so the pictures follow its light and dark themes.
+Colours and text come from the page's style sheet, so the pictures follow its light and dark themes. A dot that stands
+for a query links to it (`#query-12`).
 """
 
 from __future__ import annotations
 
+import io
 import math
+import re
+import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from tiltopt.surrogates.calibration import Z90
 
@@ -22,38 +30,14 @@ MAX_DOTS = 1500
 RUNS = 6
 """Colours of runs; beyond that they are used again."""
 
+NAMES = ("card", "line", "muted", "prior", "mean", "best", "predicted", "miss", *(f"run-{i}" for i in range(RUNS)))
+COLOURS = {name: f"#0000{i:02x}" for i, name in enumerate(NAMES)}
+"""Stand-ins for the colours of the style sheet, which matplotlib does not know."""
 
-@dataclass(frozen=True)
-class Frame:
-    """A plotting area: data ranges and where they lie in the picture, in SVG units."""
+SIZE = 12
+"""Of text, SVG units."""
 
-    width: int
-    height: int
-    x_range: tuple[float, float]
-    y_range: tuple[float, float]
-    left: int = 62
-    right: int = 16
-    top: int = 30
-    bottom: int = 44
-
-    def x(self, value: float) -> float:
-        low, high = self.x_range
-        return round(self.left + (value - low) / (high - low) * (self.width - self.left - self.right), 2)
-
-    def y(self, value: float) -> float:
-        low, high = self.y_range
-        return round(
-            self.height - self.bottom - (value - low) / (high - low) * (self.height - self.top - self.bottom), 2
-        )
-
-
-def ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round numbers (1, 2 or 5 times a power of ten apart) within [low, high]."""
-    raw = (high - low) / max(1, count)
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+_alone = threading.Lock()  # what matplotlib is set to is of the whole process
 
 
 def number(value: float | None, decimals: int) -> str:
@@ -86,34 +70,46 @@ def reward_curve(
         width, height: of the picture.
         unit: of the reward.
     """
-    data = queries.reset_index(drop=True)
+    data = queries.reset_index(drop=True).astype({"value": float, "predicted": float, "predicted_sd": float})
     data["place"] = np.arange(1, len(data) + 1)
     seen = data[data["state"] == "answered"]
     prior = summary.get("prior", {})
-    levels = [prior.get(key) for key in ("mean", "p95") if prior.get(key) is not None]
+    levels = {key: prior[key] for key in ("mean", "p95") if prior.get(key) is not None}
     bands = _bands(data)
-    heights = [*seen["value"], *levels, *(edge for band in bands for edge in band[3:])]
-    frame = Frame(width, height, (0.0, max(1, len(data)) + 0.5), _padded(heights))
-    body = _axes(frame, "queries asked", unit or "reward")
-    marks, labels = _round_marks(frame, data)
-    body += marks
-    for key, name in (("mean", "prior mean"), ("p95", "prior 95 %")):
-        if prior.get(key) is not None:
-            y = frame.y(prior[key])
-            body.append(
-                f'<line class="prior of-{key}" x1="{frame.left}" x2="{width - frame.right}" y1="{y}" y2="{y}"/>'
+    heights = [*seen["value"], *levels.values(), *(edge for band in bands for edge in band[3:])]
+    figure, axes = _axes(width, height, (0.0, max(1, len(data)) + 0.5), _padded(heights))
+    _name(axes, "queries asked", unit or "reward")
+    _round_marks(axes, data, width)
+    for key, style, name in (("mean", (0, (7, 5)), "prior mean"), ("p95", (0, (2, 3)), "prior 95 %")):
+        if key in levels:
+            axes.axhline(
+                levels[key], color=COLOURS["prior"], linewidth=1.5, linestyle=style, gid=f"class:prior of-{key}"
             )
-            labels.append(f'<text class="label end" x="{width - frame.right - 4}" y="{y - 5}">{name}</text>')
+            _label(axes, name, axes.get_xlim()[1], levels[key], (-4, 8), "right")
     for first, last, mean, low, high in bands:
-        x0, x1, top = frame.x(first - 0.5), frame.x(last + 0.5), frame.y(high)
-        body.append(
-            f'<rect class="band" x="{x0}" y="{top}" width="{x1 - x0:.2f}" height="{frame.y(low) - top:.2f}"/>'
-            f'<line class="predicted" x1="{x0}" x2="{x1}" y1="{frame.y(mean)}" y2="{frame.y(mean)}"/>'
-        )
-    body += _dots(frame, seen)
-    body += _best_so_far(frame, seen, frame.x_range[1])
-    body += _round_means(frame, seen)
-    return _svg(width, height, "Rewards over the number of queries asked", body + labels)  # labels lie above the dots
+        span = [first - 0.5, last + 0.5]
+        axes.fill_between(span, low, high, color=COLOURS["predicted"], alpha=0.16, linewidth=0, gid="class:band")
+        axes.plot(span, [mean, mean], color=COLOURS["predicted"], linewidth=2.5, gid="class:predicted")
+    shown = seen.iloc[:: max(1, math.ceil(len(seen) / MAX_DOTS))]
+    few = len(shown) < 400
+    dots = axes.scatter(
+        shown["place"],
+        shown["value"],
+        s=20 if few else 8,
+        color=COLOURS["mean"],
+        alpha=0.38,
+        linewidths=0,
+        gid="class:dots",
+    )
+    if few:
+        dots.set_urls([f"#query-{number_}" for number_ in shown["id"]])
+    if len(seen):
+        best = seen["value"].cummax()
+        places = [*seen["place"], axes.get_xlim()[1]]
+        axes.step(places, [*best, best.iloc[-1]], where="post", color=COLOURS["best"], linewidth=2, gid="class:best")
+    means = seen.groupby("round")[["place", "value"]].mean()
+    axes.plot(means["place"], means["value"], color=COLOURS["mean"], **LINE, gid="class:mean")
+    return _svg(figure, "Rewards over the number of queries asked")
 
 
 def calibration_plot(queries: pd.DataFrame, *, width: int = 460, height: int = 420, unit: str = "") -> str:
@@ -125,21 +121,23 @@ def calibration_plot(queries: pd.DataFrame, *, width: int = 460, height: int = 4
     if data.empty:
         return ""
     data = data.iloc[:: max(1, math.ceil(len(data) / 400))]
-    low, high = data["predicted"] - Z90 * data["predicted_sd"], data["predicted"] + Z90 * data["predicted_sd"]
-    span = _padded([*data["value"], *low, *high])
-    frame = Frame(width, height, span, span, top=14)
+    value, mean = data["value"].astype(float), data["predicted"].astype(float)
+    reach = Z90 * data["predicted_sd"].astype(float)
+    span = _padded([*value, *(mean - reach), *(mean + reach)])
+    figure, axes = _axes(width, height, span, span)
     suffix = f" ({unit})" if unit else ""
-    body = _axes(frame, f"answer{suffix}", f"predicted{suffix}", x_count=6)
-    corners = [frame.x(span[0]), frame.y(span[0]), frame.x(span[1]), frame.y(span[1])]
-    body.append('<line class="diagonal" x1="{}" y1="{}" x2="{}" y2="{}"/>'.format(*corners))
-    for value, mean, bottom, top in zip(data["value"], data["predicted"], low, high, strict=True):
-        kind = "hit" if bottom <= value <= top else "miss"
-        x = frame.x(value)
-        body.append(
-            f'<g class="{kind}"><line x1="{x}" x2="{x}" y1="{frame.y(bottom)}" y2="{frame.y(top)}"/>'
-            f'<circle cx="{x}" cy="{frame.y(mean)}" r="2.6"/></g>'
-        )
-    return _svg(width, height, "Predictions against answers", body)
+    _name(axes, f"answer{suffix}", f"predicted{suffix}")
+    axes.plot(span, span, color=COLOURS["prior"], linewidth=1, linestyle=(0, (5, 5)), gid="class:diagonal")
+    held = (value - mean).abs() <= reach
+    for kind, colour, rows in (("hit", COLOURS["mean"], held), ("miss", COLOURS["miss"], ~held)):
+        if rows.any():
+            low, high = (mean - reach)[rows], (mean + reach)[rows]
+            axes.vlines(value[rows], low, high, color=colour, alpha=0.35, linewidth=1)
+            dots = axes.scatter(
+                value[rows], mean[rows], s=20, color=colour, linewidths=0, zorder=3, gid=f"class:{kind}"
+            )
+            dots.set_urls([f"#query-{number_}" for number_ in data["id"][rows]] if "id" in data else [])
+    return _svg(figure, "Predictions against answers")
 
 
 def rounds_curve(
@@ -158,14 +156,11 @@ def rounds_curve(
     ]
     everything = [point for line in points for point in line]
     end = max((x for x, _ in everything), default=1)
-    frame = Frame(width, height, (0.0, end * 1.02), _padded([y for _, y in everything]))
-    body = _axes(frame, "queries asked", unit or "reward")
+    figure, axes = _axes(width, height, (0.0, end * 1.02), _padded([y for _, y in everything]))
+    _name(axes, "queries asked", unit or "reward")
     for i, line in enumerate(points):
-        placed, colour = [(frame.x(x), frame.y(y)) for x, y in line], f"of-run-{i % RUNS}"
-        text, name = " ".join(f"{x},{y}" for x, y in placed), f"<title>{escape(runs[i][0])}</title>"
-        body.append(f'<polyline class="run-line {colour}" points="{text}"/>')
-        body += [f'<circle class="run-dot {colour}" cx="{x}" cy="{y}" r="4">{name}</circle>' for x, y in placed]
-    return _svg(width, height, "Mean answer of each round over the number of queries asked", body)
+        axes.plot([x for x, _ in line], [y for _, y in line], color=_run(i), **LINE, gid="class:run")
+    return _svg(figure, "Mean answer of each round over the number of queries asked")
 
 
 def intervals_plot(
@@ -184,19 +179,15 @@ def intervals_plot(
         return ""
     edges = [found[key] for _, _, found in known for key in ("low", "high", "mean") if found[key] is not None]
     height = 30 + 44 + row_height * len(known)
-    frame = Frame(width, height, _padded([0.0, *edges]), (0.0, float(len(known))), left=16)
-    body = _axes(frame, f"difference to the first run{f' ({unit})' if unit else ''}", "", y_marks=False)
-    zero, base = frame.x(0.0), height - frame.bottom
-    body.append(f'<line class="diagonal" x1="{zero}" x2="{zero}" y1="{frame.top}" y2="{base}"/>')
-    labels = []
+    figure, axes = _axes(width, height, _padded([0.0, *edges]), (0.0, float(len(known))), left=16)
+    axes.set_yticks([])
+    _name(axes, f"difference to the first run{f' ({unit})' if unit else ''}", "")
+    axes.axvline(0.0, color=COLOURS["prior"], linewidth=1, linestyle=(0, (5, 5)), gid="class:diagonal")
     for place, (i, name, found) in enumerate(known):
-        y, colour = frame.y(len(known) - place - 0.65), f"of-run-{(i + 1) % RUNS}"
-        if found["low"] is not None:
-            low, high = frame.x(found["low"]), frame.x(found["high"])
-            body.append(f'<line class="run-line {colour}" x1="{low}" x2="{high}" y1="{y}" y2="{y}"/>')
-        body.append(f'<circle class="run-dot {colour}" cx="{frame.x(found["mean"])}" cy="{y}" r="5"/>')
-        labels.append(f'<text class="label start" x="{frame.left + 2}" y="{y - 9}">{escape(name)}</text>')
-    return _svg(width, height, "Differences to the first run", body + labels)
+        y = len(known) - place - 0.65
+        _interval(axes, {"mean": y, "low": None}, found, _run(i + 1), across=True)
+        _label(axes, name, axes.get_xlim()[0], y, (2, 9), "left")
+    return _svg(figure, "Differences to the first run")
 
 
 def front_plot(
@@ -214,26 +205,18 @@ def front_plot(
         return ""
     spans = [[dot[axis][key] for _, dot in known for key in ("mean", "low", "high") if dot[axis][key] is not None]
              for axis in "xy"]  # fmt: skip
-    frame = Frame(width, height, _padded(spans[0]), _padded(spans[1]), top=14)
-    body = _axes(frame, x_name, y_name, x_count=6)
+    figure, axes = _axes(width, height, _padded(spans[0]), _padded(spans[1]))
+    _name(axes, x_name, y_name)
     best = undominated([(dot["x"]["mean"], dot["y"]["mean"]) for _, dot in known])
-    corners = sorted((known[i][1]["x"]["mean"], known[i][1]["y"]["mean"]) for i in best)
-    line = " ".join(f"{frame.x(x)},{frame.y(y)}" for x, y in corners)
-    body.append(f'<polyline class="front" points="{line}"/>')
-    labels = []
+    _front(axes, [(known[i][1]["x"]["mean"], known[i][1]["y"]["mean"]) for i in best])
+    middle = sum(axes.get_xlim()) / 2
     for i, dot in known:
-        x, y, colour = frame.x(dot["x"]["mean"]), frame.y(dot["y"]["mean"]), f"of-run-{i % RUNS}"
-        if dot["x"]["low"] is not None:
-            ends = frame.x(dot["x"]["low"]), frame.x(dot["x"]["high"])
-            body.append(f'<line class="run-line {colour}" x1="{ends[0]}" x2="{ends[1]}" y1="{y}" y2="{y}"/>')
-        if dot["y"]["low"] is not None:
-            ends = frame.y(dot["y"]["low"]), frame.y(dot["y"]["high"])
-            body.append(f'<line class="run-line {colour}" x1="{x}" x2="{x}" y1="{ends[0]}" y2="{ends[1]}"/>')
-        body.append(f'<circle class="run-dot {colour}" cx="{x}" cy="{y}" r="5"/>')
-        side = "end" if x > width * 0.7 else "start"
-        start = x - 9 if side == "end" else x + 9
-        labels.append(f'<text class="label {side}" x="{start}" y="{y - 9}">{escape(dot["name"])}</text>')
-    return _svg(width, height, f"{y_name} against {x_name}", body + labels)
+        _interval(axes, dot["x"], dot["y"], _run(i))
+        right = dot["x"]["mean"] > middle
+        _label(
+            axes, dot["name"], dot["x"]["mean"], dot["y"]["mean"], (-7 if right else 7, 9), "right" if right else "left"
+        )
+    return _svg(figure, f"{y_name} against {x_name}")
 
 
 def objectives_plot(
@@ -246,15 +229,19 @@ def objectives_plot(
         x_name, y_name: of the objectives.
         width, height: of the picture.
     """
-    frame = Frame(width, height, _padded([x for x, *_ in dots]), _padded([y for _, y, *_ in dots]), top=14)
-    body = _axes(frame, x_name, y_name, x_count=6)
-    line = " ".join(f"{frame.x(x)},{frame.y(y)}" for x, y, _, best in sorted(dots) if best)
-    body.append(f'<polyline class="front" points="{line}"/>')
-    for x, y, number_, best in dots:
-        kind, radius = ("mean-dot", 4.5) if best else ("dot", 3)
-        title = f"<title>#{number_}</title>"
-        body.append(f'<circle class="{kind}" cx="{frame.x(x)}" cy="{frame.y(y)}" r="{radius}">{title}</circle>')
-    return _svg(width, height, f"{y_name} against {x_name}", body)
+    figure, axes = _axes(width, height, _padded([x for x, *_ in dots]), _padded([y for _, y, *_ in dots]))
+    _name(axes, x_name, y_name)
+    _front(axes, [(x, y) for x, y, _, best in dots if best])
+    for wanted, style in (
+        (False, {"s": 24, "alpha": 0.38, "linewidths": 0}),
+        (True, {"s": 60, "edgecolors": COLOURS["card"]}),
+    ):
+        of_kind = [(x, y, number_) for x, y, number_, best in dots if best == wanted]
+        if of_kind:
+            x, y, numbers = zip(*of_kind, strict=True)
+            drawn = axes.scatter(x, y, color=COLOURS["mean"], zorder=3, **style)
+            drawn.set_urls([f"#query-{number_}" for number_ in numbers])
+    return _svg(figure, f"{y_name} against {x_name}")
 
 
 def curve_plot(
@@ -275,26 +262,20 @@ def curve_plot(
     known = {name: [(x, y) for x, y in points if y["mean"] is not None] for name, points in lines.items()}
     edges = [y[key] for points in known.values() for _, y in points for key in ("mean", "low", "high")]
     across = [x for points in known.values() for x, _ in points]
-    frame = Frame(width, height, _padded(across), _padded([y for y in edges if y is not None]))
-    span = max(across, default=1) - min(across, default=0)
-    body = _axes(frame, x_name, y_name, x_count=1 + int(min(5, span)))
-    labels = []
+    figure, axes = _axes(width, height, _padded(across), _padded([y for y in edges if y is not None]))
+    _name(axes, x_name, y_name)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     for i, (name, points) in enumerate(known.items()):
-        colour = f"of-run-{i % RUNS}"
-        placed = " ".join(f"{frame.x(x)},{frame.y(y['mean'])}" for x, y in points)
-        body.append(f'<polyline class="run-line {colour}" points="{placed}"/>')
+        axes.plot([x for x, _ in points], [y["mean"] for _, y in points], color=_run(i), **LINE, label=name)
         for x, y in points:
-            if y["low"] is not None:
-                low, high = frame.y(y["low"]), frame.y(y["high"])
-                body.append(
-                    f'<line class="run-line {colour}" x1="{frame.x(x)}" x2="{frame.x(x)}" y1="{low}" y2="{high}"/>'
-                )
-            body.append(f'<circle class="run-dot {colour}" cx="{frame.x(x)}" cy="{frame.y(y["mean"])}" r="4"/>')
-        if len(known) > 1:  # the names stand in a row above the lines, which may lie on each other
-            x = frame.left + 130 * i
-            body.append(f'<circle class="run-dot {colour}" cx="{x + 6}" cy="12" r="4"/>')
-            labels.append(f'<text class="label start" x="{x + 15}" y="16">{escape(name)}</text>')
-    return _svg(width, height, f"{y_name} against {x_name}", body + labels)
+            _interval(axes, {"mean": x, "low": None}, y, _run(i))
+    if len(known) > 1:  # the names stand in a row above the lines, which may lie on each other
+        legend = axes.legend(
+            loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=SIZE, borderpad=0
+        )
+        for text in legend.get_texts():
+            text.set_color(COLOURS["muted"])
+    return _svg(figure, f"{y_name} against {x_name}")
 
 
 def undominated(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -312,83 +293,93 @@ def predicted_answers(queries: pd.DataFrame) -> pd.DataFrame:
     return queries[(queries["state"] == "answered") & np.isfinite(columns).all(axis=1)]
 
 
-def _axes(frame: Frame, x_name: str, y_name: str, x_count: int | None = None, y_marks: bool = True) -> list[str]:
-    low, high = frame.y_range
-    marks = ticks(low, high, max(3, frame.height // 70)) if y_marks else []
-    places = max(0, -math.floor(math.log10(marks[1] - marks[0]) + 1e-9)) if len(marks) > 1 else 2
-    body = []
-    for value in marks:
-        y = frame.y(value)
-        body.append(f'<line class="grid" x1="{frame.left}" x2="{frame.width - frame.right}" y1="{y}" y2="{y}"/>')
-        body.append(f'<text class="tick y" x="{frame.left - 8}" y="{y + 4}">{number(value, places)}</text>')
-    across = ticks(*frame.x_range, x_count or max(3, frame.width // 110))
-    places = max(0, -math.floor(math.log10(across[1] - across[0]) + 1e-9)) if len(across) > 1 else 0
-    base = frame.height - frame.bottom
-    for value in across:
-        body.append(f'<text class="tick x" x="{frame.x(value)}" y="{base + 18}">{number(value, places)}</text>')
-    body.append(f'<line class="axis" x1="{frame.left}" x2="{frame.width - frame.right}" y1="{base}" y2="{base}"/>')
-    middle = (frame.left + frame.width - frame.right) / 2
-    body.append(f'<text class="name" x="{middle}" y="{frame.height - 6}">{escape(x_name)}</text>')
-    up = (frame.top + base) / 2
-    body.append(f'<text class="name" transform="translate(13 {up}) rotate(-90)">{escape(y_name)}</text>')
-    return body
+LINE: dict[str, Any] = {
+    "linewidth": 2.5,
+    "marker": "o",
+    "markersize": 8,
+    "markeredgecolor": COLOURS["card"],
+    "markeredgewidth": 1.5,
+    "solid_joinstyle": "round",
+}
+"""How a line with its points is drawn."""
 
 
-def _round_marks(frame: Frame, data: pd.DataFrame) -> tuple[list[str], list[str]]:
+def _run(i: int) -> str:
+    return COLOURS[f"run-{i % RUNS}"]
+
+
+def _axes(
+    width: int, height: int, x_range: tuple[float, float], y_range: tuple[float, float], *, left: int = 62
+) -> tuple[Figure, Axes]:
+    """An empty picture of so many SVG units, with round numbers along its sides."""
+    figure = Figure(figsize=(width / 72, height / 72), dpi=72)
+    sides = {"left": left / width, "right": 1 - 16 / width, "bottom": 44 / height, "top": 1 - 30 / height}
+    axes = figure.subplots(gridspec_kw=sides)
+    axes.set_xlim(*x_range)
+    axes.set_ylim(*y_range)
+    axes.set_autoscale_on(False)
+    axes.spines[["left", "top", "right"]].set_visible(False)
+    axes.spines["bottom"].set_color(COLOURS["prior"])
+    figure.patch.set_visible(False)
+    axes.patch.set_visible(False)
+    axes.set_axisbelow(True)
+    axes.yaxis.grid(True, color=COLOURS["line"], linewidth=1)
+    axes.tick_params(length=0, labelsize=SIZE, labelcolor=COLOURS["muted"], pad=6)
+    for axis, room in ((axes.xaxis, width / 110), (axes.yaxis, height / 70)):
+        axis.set_major_locator(MaxNLocator(nbins=max(5, round(room)), steps=[1, 2, 5, 10]))
+        axis.set_major_formatter(ScalarFormatter(useOffset=False))
+    return figure, axes
+
+
+def _name(axes: Axes, x_name: str, y_name: str) -> None:
+    axes.set_xlabel(x_name, fontsize=SIZE, color=COLOURS["muted"])
+    axes.set_ylabel(y_name, fontsize=SIZE, color=COLOURS["muted"])
+
+
+def _label(axes: Axes, text: str, x: float, y: float, shift: tuple[float, float], side: str) -> None:
+    """A text above everything else; the style sheet gives it an outline of the page's colour."""
+    style = {"fontsize": SIZE, "color": COLOURS["muted"], "fontweight": "bold", "ha": side, "va": "center"}
+    axes.annotate(text, (x, y), shift, textcoords="offset points", zorder=9, gid="class:label", **style)
+
+
+def _interval(axes: Axes, x: Mapping[str, Any], y: Mapping[str, Any], colour: str, *, across: bool = False) -> None:
+    """A dot with its intervals in either direction; `across`: x and y in each other's place."""
+    x, y = (y, x) if across else (x, y)
+    if x["low"] is not None:
+        axes.hlines(y["mean"], x["low"], x["high"], color=colour, linewidth=2.5)
+    if y["low"] is not None:
+        axes.vlines(x["mean"], y["low"], y["high"], color=colour, linewidth=2.5)
+    axes.plot([x["mean"]], [y["mean"]], color=colour, **LINE)
+
+
+def _front(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
+    corners = sorted(points)
+    dashed = {"color": COLOURS["prior"], "linewidth": 1.5, "linestyle": (0, (7, 5)), "gid": "class:front"}
+    axes.plot([x for x, _ in corners], [y for _, y in corners], **dashed)
+
+
+def _round_marks(axes: Axes, data: pd.DataFrame, width: int) -> None:
     """Faint lines between rounds, and their names above the plot where there is room."""
-    lines, names = [], []
+    per_place = (width - 78) / axes.get_xlim()[1]
     for number_, batch in data.groupby("round"):
         first, last = batch["place"].min(), batch["place"].max()
         if first > 1:
-            x = frame.x(first - 0.5)
-            bottom = frame.height - frame.bottom
-            lines.append(f'<line class="round" x1="{x}" x2="{x}" y1="{frame.top}" y2="{bottom}"/>')
-        room = frame.x(last + 0.5) - frame.x(first - 0.5)
+            axes.axvline(first - 0.5, color=COLOURS["line"], linewidth=1, linestyle=(0, (2, 3)), zorder=0)
+        room = (last - first + 1) * per_place
         if room > 18:
             name = f"round {number_}" if room > 62 else str(number_)
-            names.append(f'<text class="label" x="{frame.x((first + last) / 2)}" y="{frame.top - 10}">{name}</text>')
-    return lines, names
+            _label(axes, name, (first + last) / 2, axes.get_ylim()[1], (0, 12), "center")
 
 
 def _bands(data: pd.DataFrame) -> list[tuple[float, float, float, float, float]]:
     """(first place, last place, mean, mean - sd, mean + sd) of the predictions of each round that has any."""
     found = []
     for _, batch in data.groupby("round"):
-        mean = batch["predicted"].astype(float).mean()
-        sd = batch["predicted_sd"].astype(float).mean()
+        mean, sd = batch["predicted"].mean(), batch["predicted_sd"].mean()
         if math.isfinite(mean):
             sd = sd if math.isfinite(sd) else 0.0
             found.append((batch["place"].min(), batch["place"].max(), mean, mean - sd, mean + sd))
     return found
-
-
-def _dots(frame: Frame, seen: pd.DataFrame) -> list[str]:
-    shown = seen.iloc[:: max(1, math.ceil(len(seen) / MAX_DOTS))]
-    radius = 2.6 if len(shown) < 400 else 1.7
-    return [
-        f'<circle class="dot" cx="{frame.x(place)}" cy="{frame.y(value)}" r="{radius}"><title>#{id}</title></circle>'
-        for place, value, id in zip(shown["place"], shown["value"], shown["id"], strict=True)
-    ]
-
-
-def _best_so_far(frame: Frame, seen: pd.DataFrame, end: float) -> list[str]:
-    if seen.empty:
-        return []
-    best = seen["value"].astype(float).cummax()
-    steps = seen[best.diff().fillna(1) > 0]
-    start = steps.iloc[0]
-    path = f"M{frame.x(start['place'])} {frame.y(start['value'])}"
-    for place, value in zip(steps["place"].iloc[1:], steps["value"].iloc[1:], strict=True):
-        path += f"H{frame.x(place)}V{frame.y(value)}"
-    return [f'<path class="best" d="{path}H{frame.x(end)}"/>']
-
-
-def _round_means(frame: Frame, seen: pd.DataFrame) -> list[str]:
-    groups = [(batch["place"].mean(), batch["value"].astype(float).mean()) for _, batch in seen.groupby("round")]
-    points = [(frame.x(place), frame.y(value)) for place, value in groups]
-    line = " ".join(f"{x},{y}" for x, y in points)
-    body = [f'<polyline class="mean" points="{line}"/>'] if len(points) > 1 else []
-    return body + [f'<circle class="mean-dot" cx="{x}" cy="{y}" r="4.5"/>' for x, y in points]
 
 
 def _padded(values: Sequence[float]) -> tuple[float, float]:
@@ -401,6 +392,22 @@ def _padded(values: Sequence[float]) -> tuple[float, float]:
     return low - room, high + room
 
 
-def _svg(width: int, height: int, title: str, body: Sequence[str]) -> str:
-    head = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">'
-    return f"{head}<title>{escape(title)}</title>{''.join(body)}</svg>"
+def _svg(figure: Figure, title: str) -> str:
+    """The picture for the inside of a page: colours of the style sheet, text of its font, no address, no empty ids."""
+    file = io.StringIO()
+    width, height = (round(72 * side) for side in figure.get_size_inches())
+    with _alone, rc_context({"svg.fonttype": "none", "svg.hashsalt": f"{title} {width}"}):
+        figure.savefig(file, format="svg", transparent=True)
+    body = file.getvalue().partition("</metadata>")[2]
+    body = re.sub(r"<style.*?</style>|<clipPath.*?</clipPath>| clip-path=\"[^\"]*\"|<!--.*?-->", "", body, flags=re.S)
+    body = re.sub(r"#0000([0-9a-f]{2})", lambda m: f"var(--{NAMES[int(m[1], 16)]})", body)
+    body = re.sub(r"font: [^;\"]*?([\d.]+px) [^;\"]*", r"font-size: \1", body)  # as older releases write it
+    body = re.sub(r"font-family: [^;\"]*;? ?", "", body)
+    links = r'<a xlink:href="#query-(\d+)"[^>]*>', r'<a href="#query-\1"><title>#\1</title>'
+    body = re.sub(*links, body).replace("xlink:href", "href")
+    used = set(re.findall(r'href="#([^"]+)"', body))
+    body = re.sub(r' id="class:([^"]+)"', r' class="\1"', body)
+    body = re.sub(r' id="([^"]+)"', lambda m: m[0] if m[1] in used else "", body)
+    body = re.sub(r"(\.\d\d)\d+", r"\1", re.sub(r"\n\s*", "\n", body))
+    name = escape(title)
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{name}"><title>{name}</title>{body.strip()}'

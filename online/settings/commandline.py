@@ -18,7 +18,7 @@ from tiltopt.errors import ConfigError
 from tiltopt.online.settings.known import check_known
 from tiltopt.online.settings.renamed import FILES, refuse_old_names
 from tiltopt.online.settings.run import INSTEAD, Settings, flat, plain
-from tiltopt.options import unknown_key
+from tiltopt.options import did_you_mean, unknown_key
 
 OPEN_SECTIONS = tuple(name for name, section in vars(Settings()).items() if hasattr(section, "options"))
 """Sections whose further keys are options of the reward, the surrogate and the sampler."""
@@ -47,8 +47,8 @@ def parse(argv: Sequence[str]) -> ConfigDict:
             section in OPEN_SECTIONS and rest and "." not in rest and section in config and rest not in config[section]
         )
         (options if is_option else known).append((key, text))
-    for key, _ in known:
-        _check_key(config, key)
+    for key, text in known:
+        _check_kind(key, _default(config, key), text)
     emptied = [key for key, text in known if text == "None"]
     by_hand = {key for key, text in known if text != "None"}
     emptied += [other for key, other in INSTEAD.items() if key in by_hand and other not in dict(known)]
@@ -122,8 +122,9 @@ def _find(file: str) -> Path:
     if path.name in FILES:
         raise ConfigError(f"`--config`: config/{path.name} is called config/{FILES[path.name]} now; write that.")
     names = ", ".join(f"config/{found.name}" for found in shipped_files())
+    meant = did_you_mean(path.stem, [found.stem for found in shipped_files()])
     raise ConfigError(
-        f"`--config`: expected a configuration file, got {file!r}, which does not exist. Shipped: {names}."
+        f"`--config`: expected a configuration file, got {file!r}, which does not exist.{meant} Shipped: {names}."
     )
 
 
@@ -143,14 +144,26 @@ def _flagged(source: str, overrides: list[str]) -> ConfigDict:
     return config
 
 
-def _check_key(config: ConfigDict, key: str) -> None:
-    """Raises ConfigError for a key that the configuration lacks."""
-    node = config
+def _default(config: ConfigDict, key: str) -> Any:
+    """The value that a configuration has for a dotted key. Raises ConfigError for one that it lacks."""
+    node: Any = config
     for part in key.split("."):
         if not isinstance(node, ConfigDict) or part not in node:
             refuse_old_names({key: None})
             raise unknown_key(key, flat(plain(config)))
         node = node[part]
+    return node
+
+
+def _check_kind(key: str, default: Any, text: str) -> None:
+    """Raises ConfigError for a text that is no number where one is the default."""
+    kinds = {int: "an integer", float: "a number"}
+    if text == "None" or type(default) not in kinds:
+        return
+    try:
+        type(default)(text)
+    except ValueError:
+        raise ConfigError(f"`{key}`: expected {kinds[type(default)]}, got {text!r}.") from None
 
 
 def literal(text: str) -> Any:

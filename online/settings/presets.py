@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from tiltopt.errors import ConfigError
 from tiltopt.online.settings.run import Settings
+from tiltopt.options import did_you_mean
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 CLIP_VIT_L14 = "openai/clip-vit-large-patch14"
@@ -185,5 +186,8 @@ def preset(name: str) -> ConfigDict:
         ConfigError: unknown name; the message lists the known ones.
     """
     if name not in PRESETS:
-        raise ConfigError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}, as in config/ucb.py:demo.")
+        raise ConfigError(
+            f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}, as in config/ucb.py:demo."
+            f"{did_you_mean(name, PRESETS)}"
+        )
     return PRESETS[name]()

@@ -61,7 +61,7 @@ def check_sampler(sampler: SamplerSettings, prior: PriorSettings) -> None:
     """Whether the sampler exists, takes its options, and can do with the prior's steps. Raises ConfigError."""
     made = make_sampler(sampler)
     select_rule(sampler)
-    if made.needs_noise and prior.eta == 0:
+    if made.needs_noise and prior.eta == 0 and not prior.renoise:
         raise ConfigError(
             f"`prior.eta`: the sampler {sampler.name!r} needs stochastic steps, eta > 0, got 0. "
             "Set --config.prior.eta=1, or use --config.sampler.name=best_of_n."

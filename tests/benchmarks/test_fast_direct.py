@@ -34,7 +34,7 @@ def test_a_moved_path_keeps_the_length_of_every_noise() -> None:
     cosine = torch.nn.functional.cosine_similarity
     to = direction.float()[:, None].expand(-1, 4, -1)
     assert (cosine(after.flatten(2), to, dim=2) > cosine(path.flatten(2), to, dim=2)).all()
-    assert torch.equal(moved(path, torch.zeros(2, 6)), moved(path, torch.zeros(2, 6), 9.0))
+    assert torch.equal(moved(path, torch.zeros(2, 6), 0.1), moved(path, torch.zeros(2, 6), 9.0))
 
 
 def test_a_path_that_is_followed_is_the_chain_itself_and_guidance_climbs() -> None:
@@ -48,9 +48,9 @@ def test_a_path_that_is_followed_is_the_chain_itself_and_guidance_climbs() -> No
     law = prior.chain_law()
     assert float(x.var()) == pytest.approx(float(law.cov[0, 0]), abs=4 * math.sqrt(2 / (4 * n)))
     field = MeanField.fit(x[:64], x[:64, 0])
-    after = guided(prior, path[64:], cond.select(slice(64, n)), field, passes=4)
+    after = guided(prior, path[64:], cond.select(slice(64, n)), field, passes=4, step=0.1)
     gain = after[:, 0] - x[64:, 0]
     assert float(gain.mean()) > 0.5
     assert float((gain > 0).float().mean()) > 0.95
-    again = guided(prior, path[64:], cond.select(slice(64, n)), field, passes=0)
+    again = guided(prior, path[64:], cond.select(slice(64, n)), field, passes=0, step=0.1)
     assert torch.equal(again, x[64:])

@@ -18,14 +18,18 @@ from benchmarks.query_efficiency.learnable import between_prompts, correlation
 from benchmarks.query_efficiency.measure import Measures, spread, weights_id
 from benchmarks.query_efficiency.methods import (
     FIXED,
+    FIXED_PRICE,
     METHODS,
     TUNED,
+    UNPRICED,
     equal_particles,
+    evaluations_of,
     evaluations_per_query,
     settings_of,
 )
 from benchmarks.query_efficiency.noise import CMAES, TurboNoise, denoise, typical
 from benchmarks.query_efficiency.plain import CachedPlain, plain_asks
+from benchmarks.query_efficiency.pooled import bootstrap, pooled, told
 from benchmarks.query_efficiency.run import Round, Workshop, kept, price, run_cell
 from benchmarks.query_efficiency.table import aggregate, interval, text
 from benchmarks.query_efficiency.turbo import LENGTH, SHORTEST, Region, Turbo
@@ -33,6 +37,7 @@ from tests.fakes.tiny import tiny_clip, tiny_pipeline
 from tiltopt.online.engine.diffusion import DiffusionEngine, to_images
 from tiltopt.online.engine.feature_pilot import FILE as PILOT
 from tiltopt.online.optimizer import Optimizer
+from tiltopt.online.settings.cost import PROBES, TRIES
 from tiltopt.online.settings.presets import preset
 from tiltopt.online.settings.prompts import load_prompts
 from tiltopt.online.settings.validation import validated
@@ -58,7 +63,7 @@ def changes(parts: Path) -> tuple[str, ...]:
 
 @pytest.fixture
 def shop(parts: Path, tmp_path: Path) -> Workshop:
-    return Workshop(tmp_path / "work", changes(parts), Measures(str(parts / "clip")))
+    return Workshop(tmp_path / "work", changes(parts), measures=Measures(str(parts / "clip")))
 
 
 def cell(method: str, budget: Budget = SMALL, seed: int = 0) -> Cell:
@@ -102,7 +107,12 @@ def test_every_method_runs_to_the_end_at_the_cost_it_is_said_to_have(
     assert all(np.isfinite([r["mean"], r["best"], r["diversity"]]).all() for r in row["rounds"])
     assert row["rounds"][1]["best"] >= row["rounds"][0]["best"]
     assert 0 <= row["rounds"][1]["fidelity"] <= 1
-    assert row["evaluations"] == counter.rows
+    settings = settings_of(cell(method), Path("x"), 1.0, shop.overrides)
+    if METHODS[method].config is not None and settings.sampler.budget_nats is not None:
+        search = TRIES * PROBES * evaluations_per_query(settings)  # the first price takes as many tries as it takes
+        assert row["evaluations"] - search < counter.rows <= row["evaluations"]
+    else:
+        assert row["evaluations"] == counter.rows
     assert row["seconds"] > 0
     assert json.loads(json.dumps(row, allow_nan=False)) == row
 
@@ -123,10 +133,13 @@ def test_all_queries_may_be_of_one_prompt(method: str, shop: Workshop) -> None:
 
 
 def test_best_of_n_spends_what_das_spends(shop: Workshop) -> None:
-    ours = settings_of(cell("linear_ucb"), Path("x"), 1.0)
-    rival = settings_of(cell("surrogate_best_of_n"), Path("x"), 1.0)
-    assert (ours.sampler.num_particles, rival.sampler.num_particles) == (2, 4)
-    assert evaluations_per_query(ours) == evaluations_per_query(rival) == 48  # 2 x 12 forward, 2 x 6 x 2 backward
+    small = Budget.parse("16+8x4")
+    ours = settings_of(cell("linear_ucb", small), Path("x"), 1.0)
+    rival = settings_of(cell("surrogate_best_of_n", small), Path("x"), 1.0)
+    assert (ours.sampler.num_particles, rival.sampler.num_particles) == (2, 5)  # 4, and what the price took
+    for settings in (ours, rival):
+        assert evaluations_of(cell("linear_ucb", small), settings) in (16 * 12 + 40 * 48, 16 * 12 + 32 * 60)
+    assert evaluations_per_query(ours) == 48  # 2 x 12 forward, 2 x 6 x 2 backward
     assert rival.sampler.options["select"] == "argmax"
     assert rival.model == ours.model
 
@@ -136,7 +149,7 @@ def test_best_of_n_spends_what_das_spends(shop: Workshop) -> None:
         )
 
     assert evaluations_per_query(changed(5, 2)) == 2 * 5 + 2 * 2 * 3  # gradients at steps 0, 2, 4
-    assert equal_particles(changed(5, 2)) == 5  # 22 / 5, rounded up
+    assert equal_particles(cell("linear_ucb", small), changed(5, 2)) == 6  # 22 x 40 / 32 / 5, rounded up
     exp = settings_of(cell("seiko"), Path("x"), 1.0)
     assert evaluations_per_query(exp) == 4 * 12 + 2 * 4 * 11  # at every step but the first, where lambda is 0
 
@@ -148,10 +161,11 @@ def test_the_settings_of_every_loop_method_are_valid(reward: str) -> None:
             settings = settings_of(Cell(reward, name, 5, Budget(64, 16, 4), "x"), Path("runs/x"), 0.25)
             validated(settings)
             assert settings.seed == 5
-            assert settings.sampler.alpha == (0.01 if name == "gp_log_ei" else 0.25)
+            assert settings.sampler.alpha == (0.25 if name in (*FIXED_PRICE, *UNPRICED) else None)
+            assert settings.sampler.budget_nats == (None if name in (*FIXED_PRICE, *UNPRICED) else 48)
             known = {"planted": {"seed": 1, "batch_size": 16}, "ochre": {"which": "ochre", "batch_size": 16}}
             assert settings.reward.options == known.get(reward, {})
-            assert (settings.features.kind == "bank") == (name not in ("statistics", "seiko", "seiko_finetune"))
+            assert (settings.features.kind == "bank") == (name not in FIXED_PRICE)
 
 
 def test_round_0_is_what_the_loop_draws_itself_and_is_drawn_once(
@@ -180,16 +194,16 @@ def test_round_0_is_what_the_loop_draws_itself_and_is_drawn_once(
 
 
 def test_an_interrupted_cell_of_the_loop_goes_on_and_ends_the_same(parts: Path, shop: Workshop, tmp_path: Path) -> None:
-    whole = run_cell(cell("linear_ucb"), shop)
+    whole = run_cell(cell("version_0_1"), shop)
     other = dataclasses.replace(shop, folder=tmp_path / "again")
-    folder = other.folder / "runs" / cell("linear_ucb").folder
-    first = settings_of(cell("linear_ucb"), folder, 1.0, other.overrides)
-    alpha = price(cell("linear_ucb"), first, make_reward("colorfulness"), other)
-    settings = settings_of(cell("linear_ucb"), folder, alpha, other.overrides)
+    folder = other.folder / "runs" / cell("version_0_1").folder
+    first = settings_of(cell("version_0_1"), folder, 1.0, other.overrides)
+    alpha = price(cell("version_0_1"), first, make_reward("colorfulness"), other)
+    settings = settings_of(cell("version_0_1"), folder, alpha, other.overrides)
     engine = CachedPlain(settings, other.folder / "plain", "tiny")
     with Optimizer.create(folder, settings, engine=engine) as optimizer:
         optimizer.ask(2)  # killed here
-    resumed = run_cell(cell("linear_ucb"), other)
+    resumed = run_cell(cell("version_0_1"), other)
     assert resumed["rounds"] == whole["rounds"]
     assert resumed["alpha"] == whole["alpha"]
 
@@ -289,6 +303,55 @@ def test_what_is_kept_has_a_goal_of_its_own() -> None:
     assert "best batch so far: the best baseline" in text([block])
     assert block["reached"] == {"best_of_n": {"mean": 2, "kept": 4}, "turbo": {"mean": 2, "kept": None}}
     assert aggregate([*rows[:1], with_kept("linear_ucb", [1.0, 1.9])])[0]["kept_goal"]["queries"] is None
+
+
+def ended(reward: str, method: str, seed: int, mean: float, kept: float, fidelity: float = 0.5) -> dict[str, Any]:
+    """A line whose last round ended so; half-way it kept half as much."""
+    one = {"best": 9.0, "fidelity": fidelity, "diversity": 0.1}
+    rounds = [{"queries": 2 + 2 * i, "mean": m, "kept": k} | one for i, (m, k) in enumerate([(0, 0), (0, kept / 2)])]
+    rounds.append({"queries": 6, "mean": mean, "kept": kept} | one)
+    return made(method, seed, [0.0], reward=reward, rounds=rounds, budget="2+2x2")
+
+
+def test_pooled_differences_are_paired_by_seed_to_the_best_faithful_rival_of_each_reward() -> None:
+    rows = []
+    for seed in (0, 1):
+        for reward, lead in (("spotlight", 2.0), ("size", -1.0)):
+            rows.append(ended(reward, "prior", seed, 0.0, 1.0))
+            rows.append(ended(reward, "turbo", seed, 1.0 + seed, 3.0 + seed))
+            rows.append(ended(reward, "cma_es", seed, 0.5, 2.0))
+            rows.append(ended(reward, "seiko", seed, 50.0, 60.0, fidelity=0.39))  # .78 of the prior's: no rival
+            rows.append(ended(reward, "greedy", seed, 40.0, 50.0))  # our own: no rival
+            rows.append(ended(reward, "linear_ucb", seed, 2.0 + seed, 3.0 + lead + 2 * seed, fidelity=0.45))
+    rows.append(ended("spotlight", "linear_ucb", 2, 99.0, 99.0))  # a seed that the others lack
+    rows.append(ended("ochre", "linear_ucb", 0, 99.0, 99.0))  # no rival yet
+    got = pooled(rows, "2+2x2", {"spotlight": 2.0, "size": 0.5, "ochre": 1.0})
+    assert list(got["rewards"]) == ["spotlight", "size"]
+    spot, size = got["rewards"]["spotlight"], got["rewards"]["size"]
+    assert spot["seeds"] == [0, 1]
+    assert (spot["kept"]["rival"], spot["kept"]["each"]) == ("turbo", [1.0, 1.5])  # (2, 3) / 2
+    assert size["kept"]["each"] == [-2.0, 0.0]  # (-1, 0) / .5
+    assert size["mean"]["each"] == [2.0, 2.0]
+    assert spot["gain"]["linear_ucb"] == pytest.approx(1.25)
+    assert spot["fidelity"]["linear_ucb"] == pytest.approx(0.9)
+    assert spot["half"] == {"turbo": False}
+    assert got["all"]["kept"] | {"low": 0, "high": 0} == {
+        "mean": pytest.approx(0.125), "low": 0, "high": 0, "at_least_half": 1, "not_worse": 1, "of": 2,
+    }  # fmt: skip
+    assert got["all"]["kept"]["low"] < 0.125 < got["all"]["kept"]["high"]
+    assert "not worse than -.1 on 1 of 2" in told(got)
+    assert pooled(rows, "2+2x2", {"ochre": 1.0})["rewards"] == {}
+
+
+def test_the_bootstrap_draws_rewards_and_their_seeds() -> None:
+    rng = np.random.default_rng(0)
+    between, within, rewards, seeds = 0.6, 0.8, 40, 5
+    differences = [list(rng.normal(rng.normal(1.0, between), within, seeds)) for _ in range(rewards)]
+    low, high = bootstrap(differences, draws=4000)
+    # the variance of the mean over rewards as drawn, plus that of each mean over seeds
+    means = np.array([np.mean(d) for d in differences])
+    inner = np.mean([np.var(d) / seeds for d in differences])
+    assert (high - low) / 2 == pytest.approx(1.96 * np.sqrt((means.var() + inner) / rewards), rel=0.06)
 
 
 def test_table_json_and_picture_hold_the_runs_on_these_weights(parts: Path, tmp_path: Path, capsys) -> None:

@@ -55,6 +55,7 @@ class SeveralEngine(FakeEngine):
     """The toy prior with squares of its numbers among the features, and many draws of the prior to choose from."""
 
     feature_id = "squares"
+    num_features = 8
 
     def __init__(self, settings: dict[str, Any], particles: int = 256, team: Team | None = None) -> None:
         super().__init__(team)

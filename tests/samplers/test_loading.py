@@ -68,6 +68,56 @@ def test_missing_weights_are_refused_by_name(folder: Path, part: str, text: str)
     assert min(lost) in str(caught.value)
 
 
+def ddpm(folder: Path) -> Path:
+    unet = diffusers.UNet2DModel(
+        sample_size=8, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+    )  # fmt: skip
+    diffusers.DDPMPipeline(tiny.randomise(unet, 0), diffusers.DDPMScheduler()).save_pretrained(folder)
+    return folder
+
+
+FAMILIES: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
+    "xl": (tiny.tiny_pipeline_xl, ("text_encoder", "text_encoder_2", "unet")),
+    "sd3": (tiny.tiny_pipeline_sd3, ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae")),
+    "flux": (tiny.tiny_pipeline_flux, ("text_encoder", "text_encoder_2", "transformer", "vae")),
+    "pixart": (tiny.tiny_pipeline_pixart, ("text_encoder", "transformer")),
+    "ddpm": (ddpm, ("unet",)),
+    "tiny": (lambda folder: tiny.tiny_pipeline(folder, kind="tiny"), ("vae",)),
+}
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_gap_in_any_part_of_any_family_is_refused_by_name(family: str, tmp_path: Path) -> None:
+    make, parts = FAMILIES[family]
+    folder = make(tmp_path / "whole")
+    load_prior(folder, num_steps=2)
+    for part in parts:
+        (path,) = (folder / part).glob("*.safetensors")
+        kept = load_file(path)
+        lost = sorted(kept)[len(kept) // 2]
+        save_file({k: v for k, v in kept.items() if k != lost}, path, metadata={"format": "pt"})
+        with pytest.raises(PriorError, match=rf"`{part}` .*lacks weights.*1 tensors, .*{lost.split('.')[-1]}"):
+            load_prior(folder, num_steps=2)
+        path.write_bytes(path.read_bytes()[:999])
+        with pytest.raises(PriorError, match=f"`{part}` .*damaged"):
+            load_prior(folder, num_steps=2)
+        save_file(kept, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("file", ["tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json"])
+def test_a_part_without_its_configuration_is_not_made_of_defaults(file: str, folder: Path) -> None:
+    (folder / file).unlink()
+    with pytest.raises(PriorError, match=f"`{file.partition('/')[0]}`: .*missing or damaged"):
+        load_prior(folder, num_steps=2)
+
+
+def test_an_empty_scheduler_is_not_one_of_defaults(folder: Path) -> None:
+    (folder / "scheduler" / "scheduler_config.json").write_text("{}")
+    with pytest.raises(PriorError, match=r"`scheduler` .*names no class"):
+        load_prior(folder, num_steps=2)
+
+
 @pytest.mark.parametrize("part", list(FILES))
 def test_unexpected_weights_are_refused_by_name(folder: Path, part: str) -> None:
     rewrite(folder, part, lambda tensors: tensors | {"lora_down.weight": torch.zeros(2)})
@@ -191,6 +241,64 @@ def test_a_lora_is_loaded_or_refused(whole: Path, tmp_path: Path) -> None:
         load_prior(whole, num_steps=4, lora=tmp_path / "nowhere.safetensors")
 
 
+@pytest.mark.parametrize(
+    "layers",
+    [
+        ["unet.down_blocks.2.attentions.1.transformer_blocks.3.attn1.to_q"],
+        [f"text_encoder.text_model.encoder.layers.{i}.self_attn.q_proj" for i in (0, 20)],
+        ["text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"],
+    ],
+    ids=["a deeper UNet", "a deeper text tower", "a second text tower"],
+)
+def test_a_lora_of_which_only_a_part_fits_is_refused(layers: list[str], whole: Path, tmp_path: Path) -> None:
+    """Loaders leave out what has no place, and go on with the rest."""
+    pytest.importorskip("peft")
+    path = write_lora(tmp_path, {"down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": 16})
+    more = {
+        f"{layer}.lora_{side}.weight": torch.zeros(shape)
+        for layer in layers
+        for side, shape in (("A", (2, 16)), ("B", (16, 2)))
+    }
+    save_file(load_file(path) | more, path, metadata={"format": "pt"})
+    with pytest.raises(PriorError, match=f"another base model: of its {2 + 2 * len(layers)} matrices, 2 belong"):
+        load_prior(whole, num_steps=4, lora=path)
+
+
+def test_a_pipeline_that_takes_no_lora_says_so(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    with pytest.raises(PriorError, match="DDPMPipeline takes no LoRA"):
+        load_prior(ddpm(tmp_path / "ddpm"), num_steps=4, lora=write_lora(tmp_path, {"conv_in": 8}))
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("vae", "has no autoencoder"),
+        ("tokenizer", "has text_encoder and no tokenizer"),
+        ("text_encoder", "expected a pipeline of Stable Diffusion"),
+    ],
+)
+def test_a_pipeline_in_memory_without_a_part_is_refused(part: str, message: str, whole: Path) -> None:
+    pipe = load_pipeline(whole)
+    setattr(pipe, part, None)
+    with pytest.raises(PriorError, match=message):
+        DiffusersPrior.from_pipeline(pipe, num_steps=4)
+
+
+def test_a_size_that_cannot_be_made_is_refused(whole: Path, tmp_path: Path) -> None:
+    for wrong in (17, 16.0, True, "16", (16,), (16, 18), 0):
+        with pytest.raises(PriorError, match="`size` must be positive multiples of 4"):
+            load_prior(whole, num_steps=2, size=wrong)
+    assert load_prior(whole, num_steps=2, size=(16, 24)).image_size == (16, 24)
+    with pytest.raises(PriorError, match="32 pixels at most"):
+        load_prior(tiny.tiny_pipeline_sd3(tmp_path / "sd3"), num_steps=2, size=64)
+
+
+def test_pictures_of_another_size_are_of_another_prior(whole: Path) -> None:
+    own, same, wide = (load_prior(whole, num_steps=2, size=size).fingerprint for size in (None, 16, (16, 24)))
+    assert own == same != wide
+
+
 # ---------------------------------------------------------------- levers
 
 
@@ -301,3 +409,14 @@ def test_a_decoder_that_does_not_fit_is_refused(whole: Path, tmp_path: Path) -> 
     )
     with pytest.raises(PriorError, match="2 pixels per latent, got one for 4 at 4"):
         load_prior(whole, num_steps=3, guidance_decoder=wide)
+
+
+@pytest.mark.parametrize("decoder", [torch.nn.Conv2d(4, 3, 1), 3, lambda z: z])
+def test_what_is_no_autoencoder_decodes_nothing(decoder: Any, whole: Path) -> None:
+    with pytest.raises(PriorError, match="must be an AutoencoderTiny or the folder of one"):
+        load_prior(whole, num_steps=3, guidance_decoder=decoder)
+
+
+def test_a_model_over_pixels_needs_no_decoder(small: Path, tmp_path: Path) -> None:
+    with pytest.raises(PriorError, match="over pixels"):
+        load_prior(ddpm(tmp_path / "ddpm"), num_steps=3, guidance_decoder=small)

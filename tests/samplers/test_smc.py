@@ -342,6 +342,14 @@ def test_a_decoder_that_breaks_designs_is_named(broken: Any, said: str) -> None:
         sampler.sample(linear_gaussian(), POTENTIAL, prompts(2), num_particles=2, generators=generators(2))
 
 
+@pytest.mark.parametrize("broken", [lambda x: x[:, :1], lambda x: x.unsqueeze(-1)])
+def test_a_guidance_decoder_makes_designs_of_the_priors_shape(broken: Any) -> None:
+    sampler = DAS(tempering="exp", gradient="none", guidance_decoder=broken)
+    with pytest.raises(PriorError, match=r"designs like the prior's, \(2,\) each, got"):
+        sampler.sample(linear_gaussian(), lambda x, c: x.flatten(1).sum(1), prompts(2), num_particles=2,
+                       generators=generators(2))  # fmt: skip
+
+
 def _nan_right(x: Tensor, cond: Conditioning) -> Tensor:
     return torch.where(x[:, 0] > 1.4, math.nan, 1.0) * (1.0 + 0.0 * x[:, 0])
 

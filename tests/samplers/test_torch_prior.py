@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -187,6 +188,48 @@ def test_the_fingerprint_follows_weights_and_levels() -> None:
         other.inner[0].weight[0, 0] += 1e-3
     assert make(net) == make(Net())
     assert len({make(net), make(other), make(net, 6)}) == 3
+
+
+def test_the_fingerprint_follows_what_functions_compute_with() -> None:
+    """A function has the weights of the modules that it names, wherever these lie."""
+    nets = [Net(), Net()]
+    with torch.no_grad():
+        nets[1].inner[0].weight[0, 0] += 1e-3
+
+    class Pipe:
+        def __init__(self, unet: Net) -> None:
+            self.unet = unet
+
+    def make(model: Any = nets[0], **options: Any) -> str:
+        options = {"alphas_cumprod": ABAR, "event_shape": (2, 3), "num_steps": 5} | options
+        return TorchPrior(model, **options).fingerprint
+
+    def closed(net: Any) -> Any:
+        return lambda x, t: net(x, t)
+
+    def through(pipe: Pipe) -> Any:
+        return lambda x, t: pipe.unet(x, t)
+
+    for way in (closed, lambda net: net.forward, lambda net: functools.partial(net), lambda net: through(Pipe(net))):
+        assert make(way(nets[0])) != make(way(nets[1]))
+        assert make(way(nets[0])) == make(way(nets[0]))
+    assert make(decode=nets[0].inner) != make(decode=nets[1].inner)
+    assert make(encode_cond=closed(nets[0])) != make(encode_cond=closed(nets[1]))
+    assert make(eta=0.5) != make()
+
+
+@pytest.mark.parametrize(
+    ("embeds", "message"),
+    [
+        (torch.zeros(3, 4), r"2 rows, one a prompt, got shape \(3, 4\)"),
+        ({"text": (torch.zeros(2, 4), torch.zeros(1))}, r"got shape \(1,\)"),
+        ("two", "got str"),
+    ],
+)
+def test_embeddings_have_a_row_for_each_prompt(embeds: Any, message: str) -> None:
+    prior = TorchPrior(Net(), alphas_cumprod=ABAR, event_shape=(2, 3), num_steps=4, encode_cond=lambda p: embeds)
+    with pytest.raises(PriorError, match=message):
+        prior.encode(["a", "b"])
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def test_an_entry_declares_what_its_acquisition_needs_and_nothing_else(
     for key in required:
         with pytest.raises(SurrogateError, match="several" if key in ("Y", "reference") else key):
             make_acquisition(name, model, **{**given, "generator": generator(3), key: None})
-    assert entry.unit == ("nats" if "log" in name else "range" if entry.several else "reward")
+    assert entry.unit == ("nats" if "log" in name else "spread" if entry.several else "reward")
 
 
 def test_max_member(models: dict[str, Model], points: Tensor) -> None:

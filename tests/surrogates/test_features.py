@@ -12,6 +12,7 @@ from tiltopt.kinds import PARTS
 from tiltopt.surrogates.blocks import (
     BINS,
     colour_histogram,
+    cosines,
     latent_statistics,
     layout,
     opponent,
@@ -185,16 +186,39 @@ def test_the_brighter_half_is_one_number_of_the_layout() -> None:
     assert (right.abs() > 1e-6).sum() == 1
 
 
+def shares_of(histograms: torch.Tensor) -> list[torch.Tensor]:
+    """Shares of the bins (n, BINS) for each of the three channels, from the cosine coefficients of their sums."""
+    found = []
+    for part in histograms.split(BINS - 1, dim=1):
+        below = part @ cosines(BINS - 1, part)  # the basis is orthonormal
+        below = torch.cat([torch.zeros_like(below[:, :1]), below, torch.ones_like(below[:, :1])], dim=1)
+        found.append(below.diff(dim=1))
+    return found
+
+
 def test_colour_histograms_count_pixels() -> None:
     x = torch.zeros(1, 3, 4, 4)
     x[..., 2:, :] = 1.0  # half black, half white: no colour anywhere
-    bright, red, blue = colour_histogram(x).split(BINS, dim=1)
+    bright, red, blue = shares_of(colour_histogram(x))
     torch.testing.assert_close(bright[0, [0, -1]], torch.tensor([0.5, 0.5]))
     for colour in (red, blue):  # grey lies midway between the two middle bins
         torch.testing.assert_close(colour[0, BINS // 2 - 1 : BINS // 2 + 1], torch.tensor([0.5, 0.5]))
-    noise = torch.rand(3, 3, 9, 7, generator=torch.Generator().manual_seed(1))
-    for part in colour_histogram(noise).split(BINS, dim=1):
-        torch.testing.assert_close(part.sum(1), torch.ones(3))
+    noise = torch.rand(3, 3, 9, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    y = opponent(noise)[:, 0].flatten(1).numpy()
+    edges = np.linspace(0, 1, BINS)
+    want = np.stack([np.maximum(1 - np.abs(y - edge) * (BINS - 1), 0).mean(1) for edge in edges], 1)
+    np.testing.assert_allclose(shares_of(colour_histogram(noise))[0].numpy(), want, atol=1e-12)
+
+
+def test_a_colour_that_few_pictures_have_does_not_blow_up_among_few_of_them() -> None:
+    """Sixteen pictures give the scale of every coefficient; seen from it, no other picture is an outlier."""
+    generator = torch.Generator().manual_seed(2)
+    x = 0.5 + 0.08 * torch.randn(400, 3, 12, 12, generator=generator)
+    x[::40, 0, :3] += 0.4  # one in forty has a red stripe
+    seen = colour_histogram(x.clamp(0, 1))
+    few = seen[1:17]
+    standardised = (seen - few.mean(0)) / few.std(0)
+    assert standardised.abs().max() < 40  # a bin of its own: infinite
 
 
 def test_the_spectrum_knows_which_way_stripes_run_and_where() -> None:

@@ -12,7 +12,7 @@ from scipy import stats
 from torch import Tensor
 
 from tiltopt.errors import SurrogateError
-from tiltopt.surrogates.acquisition import AUGMENTATION, make_acquisition
+from tiltopt.surrogates.acquisition import AUGMENTATION, SMOOTHING, make_acquisition
 from tiltopt.surrogates.io import load, save
 from tiltopt.surrogates.preference import fit_pairwise
 from tiltopt.surrogates.several import SeveralModel, hypervolume, log_feasible, reference_point
@@ -59,9 +59,38 @@ def test_chebyshev_is_the_distance_in_a_random_direction_and_some_of_the_sum(
     found = make_acquisition("chebyshev", model, **given, generator=generator(5))(X[:6].unsqueeze(-2))
     normal = torch.randn(2, generator=generator(5), dtype=torch.float64).abs()
     mean, sd = moments(model, X[:6])
-    shares = (mean + 2 * sd - reference) / (Y.amax(0) - Y.amin(0))
-    expected = (shares / (normal / normal.norm())).amin(1) + AUGMENTATION * shares.sum(1)
-    torch.testing.assert_close(found, expected)
+    w = normal / normal.norm()
+
+    def scalar(u: Tensor) -> Tensor:
+        shares = (u - reference) / (Y.amax(0) - Y.amin(0))
+        reach = torch.stack([torch.where(s > 0, s / v, s) for s, v in zip(shares.T, w, strict=True)])
+        return -SMOOTHING * (-reach / SMOOTHING).exp().sum(0).log() + AUGMENTATION * shares.sum(1)
+
+    torch.testing.assert_close(found, scalar(mean + 2 * sd) / scalar(Y).std())
+    shares = (Y - reference) / (Y.amax(0) - Y.amin(0))
+    assert bool((shares > 0).any()), "on both sides of the reference point"
+    assert bool((shares < 0).any()), "on both sides of the reference point"
+
+
+def test_a_smooth_minimum_is_at_most_the_minimum_and_leads_towards_both(
+    model: SeveralModel, data: tuple[Tensor, Tensor]
+) -> None:
+    """Near the kink both objectives have a gradient; far from it, and below the reference point, the worse one alone,
+    and there in its own range, however little of it the direction asks for."""
+    _, Y = data
+    reference = torch.tensor([-2.0, -30.0], dtype=torch.float64)
+    made = make_acquisition("chebyshev", model, beta=0.0, Y=Y, reference=reference, generator=generator(5)).inner
+    width = Y.amax(0) - Y.amin(0)
+    kink = 0.8 * made.weights
+    for share, balance in ((kink, (0.5, 0.5)), (torch.tensor([0.9, -0.5]).double(), (0.0, 1.0))):
+        u = (reference + share * width).requires_grad_()
+        (slope,) = torch.autograd.grad(made._scalar(u), u)
+        own = slope * width - AUGMENTATION
+        ratio = own * torch.where(share > 0, made.weights, 1.0)
+        assert ratio.tolist() == pytest.approx(balance, abs=0.01)
+        assert float(made._scalar(u.detach())) <= float(torch.where(share > 0, share / made.weights, share).min()) + (
+            AUGMENTATION * float(share.sum())
+        )
 
 
 def test_the_mean_over_random_directions_is_the_hypervolume() -> None:

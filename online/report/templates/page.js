@@ -29,8 +29,12 @@
   }
 
   document.addEventListener("click", (event) => {
-    const button = event.target.closest("button");
-    if (button?.matches(".copy")) copy(button);
+    const button = event.target.closest("button"), dot = event.target.closest("svg a");
+    if (dot) {  // a query in a picture of numbers
+      event.preventDefault();
+      const figure = document.querySelector(`figure[data-id="${dot.getAttribute("href").split("-")[1]}"]:has(button.open)`);
+      if (figure) open(figure);
+    } else if (button?.matches(".copy")) copy(button);
     else if (button?.matches(".open")) open(button.closest("figure"));
     else if (button?.matches(".next")) step(1);
     else if (button?.matches(".previous")) step(-1);

@@ -281,6 +281,21 @@ def test_bad_usage_exits_with_2(arguments, capsys):
     assert "usage: tiltopt" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["rnu", "--config=config/ucb.py:demo"], "unknown command 'rnu'. Did you mean `run`?"),
+        (["resmue", "a"], "Did you mean `resume`?"),
+        (["--debug", "repotr", "a"], "Did you mean `report`?"),
+        (["evaluate", "a", "--reward", "b"], "unrecognized arguments: --reward b. Did you mean `--rewards`?"),
+        (["run", "--dryrun", "--config=config/ucb.py:demo"], "Did you mean `--dry-run`?"),
+    ],
+)
+def test_a_misspelt_command_or_option_is_told_with_the_one_that_is_meant(arguments, meant, capsys):
+    assert cli.main(arguments) == 2
+    assert meant in capsys.readouterr().err
+
+
 def test_errors_become_exit_codes(capsys):
     def failing(error):
         def action():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import tiltopt
 from tests.fakes import tiny
-from tiltopt.errors import ConfigError, PriorError
+from tiltopt.errors import ConfigError, PotentialError, PriorError
 from tiltopt.samplers import BestOfN, TorchPrior
 from tiltopt.samplers.analytic import LinearGaussianPrior, Quadratic
 from tiltopt.samplers.diffusers_prior import DiffusersPrior, load_prior
@@ -110,6 +110,14 @@ def test_another_sampler(pipe: Any) -> None:
 def test_impossible_arguments_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         tiltopt.draw(gaussian(4), bowl, ["x"], **options)
+
+
+def test_a_reward_is_a_function_that_returns_numbers() -> None:
+    with pytest.raises(ConfigError, match=r"function of designs and prompts.*make_differentiable"):
+        tiltopt.draw(gaussian(4), "aesthetic", ["x"], alpha=1.0)  # type: ignore[arg-type]
+    for nothing in (None, "many"):
+        with pytest.raises(PotentialError, match="one number per design"):
+            tiltopt.draw(gaussian(4), lambda d, p: nothing, ["x"], alpha=1.0, gradient="none")  # noqa: B023
 
 
 # ---------------------------------------------------------------- a pipeline in memory

@@ -11,7 +11,7 @@ from PIL import ImageChops
 
 from tests.fakes.tiny import tiny_clip, tiny_pipeline
 from tiltopt import Optimizer, cli
-from tiltopt.errors import ConfigError, PriorError
+from tiltopt.errors import ConfigError, PotentialError, PriorError
 from tiltopt.samplers import TorchPrior
 from tiltopt.samplers.diffusers_prior import as_prior
 from tiltopt.samplers.loading import load_pipeline
@@ -121,6 +121,54 @@ def test_a_denoiser_of_ones_own_serves(config: dict[str, Any], tmp_path: Path) -
         told(optimizer, 6)
         assert optimizer.settings.prior.num_steps == 4
         assert told(optimizer, 2)[0].image.size == (16, 16)
+
+
+def own(decode: Any = torch.sigmoid, shape: tuple[int, ...] = (3, 16, 16), **options: Any) -> TorchPrior:
+    levels = torch.linspace(0.99, 0.01, 50)
+    return TorchPrior(Plain(), alphas_cumprod=levels, event_shape=shape, num_steps=4, decode=decode, **options)
+
+
+def test_the_default_features_serve_a_prior_without_an_autoencoder(config: dict[str, Any], tmp_path: Path) -> None:
+    """Pixels take the place of latents, as for a DDPM; a run goes on with a prior of the same weights alone."""
+    config = {key: value for key, value in config.items() if key != "features"}
+    with Optimizer.create(tmp_path / "run", config, prior=own()) as optimizer:
+        told(optimizer, 6)
+    with pytest.raises(ConfigError, match="other weights"):
+        Optimizer.open(tmp_path / "run", prior=own(eta=0.5))
+    with Optimizer.open(tmp_path / "run", prior=own()) as optimizer:
+        assert told(optimizer, 2)[0].image.size == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("decode", "shape", "made"),
+    [
+        (None, (1, 64), r"\(1, 1, 64\)"),
+        (lambda x: torch.sigmoid(x[:, :1]), (3, 16, 16), r"\(1, 1, 16, 16\)"),
+    ],
+    ids=["audio", "grey"],
+)
+def test_a_prior_of_other_designs_than_pictures_is_refused_before_anything_is_asked(
+    decode: Any, shape: tuple[int, ...], made: str, config: dict[str, Any], tmp_path: Path
+) -> None:
+    with Optimizer.create(tmp_path / "run", config, prior=own(decode, shape)) as optimizer:
+        with pytest.raises(ConfigError, match=rf"makes {made} was given.*tiltopt\.draw"):
+            optimizer.ask(6)
+        assert sum(optimizer.store.counts().values()) == 0
+
+
+def test_pictures_of_another_range_are_refused_before_anything_is_asked(config: dict[str, Any], tmp_path: Path) -> None:
+    with Optimizer.create(tmp_path / "run", config, prior=own(torch.tanh)) as optimizer:
+        with pytest.raises(PotentialError, match=r"must lie in \[0, 1\].*map images in \[-1, 1\]"):
+            optimizer.ask(6)
+        assert sum(optimizer.store.counts().values()) == 0
+
+
+def test_a_chain_without_noise_is_refused_before_anything_is_there(config: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"prior\.eta.*needs stochastic steps"):
+        Optimizer.create(tmp_path / "run", config, prior=own(eta=0.0))
+    assert not (tmp_path / "run").exists()
+    unguided = config | {"sampler": {"name": "best_of_n", "alpha": 0.5}}
+    Optimizer.create(tmp_path / "run", unguided, prior=own(eta=0.0)).close()
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from tiltopt.online.settings.validation import validated
 from tiltopt.rewards.base import Answer, FunctionReward
 from tiltopt.surrogates import fit
 from tiltopt.surrogates.io import load, save
+from tiltopt.surrogates.several import SeveralModel
 
 N = 12
 
@@ -251,6 +252,14 @@ def test_not_a_surrogate_folder_is_refused_with_what_was_expected(settings, surr
         check_evaluation(settings, settings.run_dir)
     with pytest.raises(ConfigError):
         run(settings, engine=CountingEngine())
+
+
+def test_a_surrogate_of_several_objectives_is_refused(settings, surrogate):
+    X = torch.rand(20, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model = SeveralModel.fit("linear", X, X[:, :2], sem=None, generator=torch.Generator().manual_seed(1))
+    save(model, surrogate, feature_id="toy", data_fingerprint="f")
+    with pytest.raises(ConfigError, match=r"of one number per answer.*several objectives"):
+        check_evaluation(settings, settings.run_dir)
 
 
 def test_a_runs_own_folder_is_not_written_over(settings, tmp_path):

@@ -9,6 +9,8 @@ import shlex
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
@@ -27,6 +29,12 @@ from tiltopt.online.report.pages import PER_ROUND, write_report
 from tiltopt.online.report.record import load_run, summarise
 from tiltopt.online.store import run_folder
 from tiltopt.online.store.files import write_json
+
+
+def places(text, name):
+    """(x, y) of the marks of a class in a picture."""
+    marks = ElementTree.fromstring(text).findall(f".//g[@class='{name}']//use")
+    return [(float(mark.get("x")), float(mark.get("y"))) for mark in marks]
 
 
 class Page(HTMLParser):
@@ -87,7 +95,7 @@ def test_page_is_self_contained(run):
     page = Page(path.read_text())
     assert page.tags.count("script") == 1, "one, without a source"
     assert page.addresses
-    assert all(address.startswith("data:image/") for address in page.addresses)
+    assert all(address.startswith(("data:image/", "#")) for address in page.addresses)
     assert not re.search(r"url\(|@import|https?://(?!www.w3.org/2000/svg)", path.read_text())
     assert path.stat().st_size < 2e6
 
@@ -184,39 +192,44 @@ def test_curve_places_every_answer_where_it_belongs(tmp_path):
     record = dataclasses.replace(made(tmp_path, initial=4, batch=2, rounds=1), reference=(-3.0, -2.0))
     queries, summary = record.queries, summarise(record)
     text = charts.reward_curve(queries, summary, width=500, height=300)
-    dots = [(float(x), float(y)) for x, y in re.findall(r'class="dot" cx="([\d.]+)" cy="([\d.]+)"', text)]
+    dots = places(text, "dots")
     seen = queries[queries["state"] == "answered"]
     assert len(dots) == len(seen)
     assert [x for x, _ in dots] == sorted(x for x, _ in dots)
     slope = np.polyfit(seen["value"], [y for _, y in dots], 1)
     assert np.allclose(np.polyval(slope, seen["value"]), [y for _, y in dots], atol=0.02)
     assert slope[0] < 0
-    mean = float(re.search(r'of-mean" x1="\d+" x2="\d+" y1="([\d.]+)"', text).group(1))
-    assert mean == pytest.approx(np.polyval(slope, -2.5), abs=0.02)
+    line = ElementTree.fromstring(text).find(".//g[@class='prior of-mean']/path").get("d")
+    assert float(line.split()[2]) == pytest.approx(np.polyval(slope, -2.5), abs=0.02)
+    links = re.findall(r'<a href="#query-(\d+)"><title>#\1</title>', text)
+    assert links == [str(number) for number in seen["id"]], "each dot leads to its query"
 
 
 def test_calibration_plot_marks_what_the_intervals_miss():
     queries = pd.DataFrame(
         {
-            "state": ["answered"] * 3 + ["failed"],
-            "value": [0.0, 0.0, 5.0, math.nan],
-            "predicted": [1.6, 1.7, math.nan, 1.0],
-            "predicted_sd": [1.0, 1.0, 1.0, 1.0],
+            "state": ["answered"] * 8 + ["failed"],
+            "value": [0.0] * 7 + [5.0, math.nan],
+            "predicted": [1.6, -1.6, 1.5, 1.7, -1.7, 2.0, 0.0, math.nan, 1.0],
+            "predicted_sd": 1.0,
         }
     )
     text = charts.calibration_plot(queries)
-    assert (text.count('class="hit"'), text.count('class="miss"')) == (1, 1)
-    assert charts.calibration_plot(queries.iloc[2:]) == ""
+    assert (len(places(text, "hit")), len(places(text, "miss"))) == (4, 3)
+    assert charts.calibration_plot(queries.iloc[7:]) == ""
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-3.7, -1.8), (0.0, 4112.0), (1e-6, 3e-6), (-5e6, 2e6)])
-def test_ticks_are_round_numbers_inside_the_range(low, high):
-    found = charts.ticks(low, high, 5)
-    assert 2 <= len(found) <= 11
-    assert low - 1e-9 * abs(high) <= found[0] < found[-1] <= high + 1e-9 * abs(high)
-    steps = np.diff(found)
-    assert np.allclose(steps, steps[0])
-    assert f"{steps[0]:.0e}"[0] in "125"
+def test_two_pictures_of_a_page_take_their_colours_from_it_and_share_no_mark(run):
+    """Ids are of the whole page: a mark of a picture that is not shown would not be drawn in the other."""
+    summary = summarise(run)
+    wide, narrow = charts.reward_curve(run.queries, summary), charts.reward_curve(run.queries, summary, width=420)
+    assert not set(re.findall(r' id="([^"]+)"', wide)) & set(re.findall(r' id="([^"]+)"', narrow))
+    style = (Path(charts.__file__).parent / "templates" / "style.css").read_text()
+    used = set(re.findall(r"var\(--([\w-]+)\)", wide))
+    assert used == {"card", "line", "muted", "prior", "mean", "best", "predicted"}
+    for name in charts.NAMES:
+        assert style.count(f"--{name}:") == 2, "by day and by night"
+    assert not re.search("#[0-9a-f]{6}[^0-9a-f]", wide), "no colour of its own"
 
 
 @pytest.mark.parametrize(
@@ -237,7 +250,7 @@ def test_decimals_follow_the_spread():
 def test_thousands_of_answers_stay_a_small_page(tmp_path):
     record = made(tmp_path, initial=16, batch=256, rounds=16)
     text = charts.reward_curve(record.queries, summarise(record))
-    assert text.count('class="dot"') <= charts.MAX_DOTS
+    assert 1000 < len(places(text, "dots")) <= charts.MAX_DOTS
     assert len(text) < 200_000
 
 
@@ -290,7 +303,7 @@ def test_a_banner_tells_of_failures_and_is_not_there_without(run, tmp_path):
 
 def test_labels_are_drawn_after_the_dots(run):
     text = charts.reward_curve(run.queries, summarise(run))
-    assert text.index('class="label') > text.rindex('class="dot"')
+    assert text.index('class="label') > text.rindex('href="#query-')
 
 
 def test_the_command_that_is_copied_survives_a_folder_with_quotes_and_spaces(tmp_path):
@@ -322,6 +335,10 @@ LOOK = """
     document.dispatchEvent(new window.KeyboardEvent("keydown", {key: "ArrowRight"}));
     found.next = large.querySelector("img").src === open[1].querySelector("img").src;
     large.querySelector(".close").click();
+    const dot = document.querySelector(".wide svg a"), number = dot.getAttribute("href").split("-")[1];
+    dot.dispatchEvent(new window.MouseEvent("click", {bubbles: true, cancelable: true}));
+    found.dot = [large.open, large.querySelector(".which").textContent.startsWith(`#${number} `), window.location.hash];
+    large.querySelector(".close").click();
     found.closed = !large.open;
     const select = document.querySelector(".sort select"), gallery = document.querySelector(".gallery");
     const order = () => [...gallery.children].map((figure) => Number(figure.dataset.id));
@@ -351,6 +368,7 @@ def test_a_browser_shows_the_page_and_every_control_works(run, tmp_path, width):
     assert overflow == "auto"
     assert (inner > outer) == (width == 390), "the table scrolls where it does not fit"
     assert (found["opened"], found["next"], found["closed"]) == ([True, True], True, True)
+    assert found["dot"] == [True, True, ""], "a click on a dot opens its picture"
     assert found["order"] == sorted(found["order"])
     assert found["copied"] == [True, "copied"]
     assert found["unfolded"]

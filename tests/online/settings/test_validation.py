@@ -13,9 +13,9 @@ from tiltopt.errors import ConfigError
 from tiltopt.online.optimizer import Optimizer
 from tiltopt.online.settings.commandline import parse
 from tiltopt.online.settings.presets import PRESETS, preset
-from tiltopt.online.settings.run import KEYS, Settings
+from tiltopt.online.settings.run import KEYS, PriorSettings, SamplerSettings, Settings
 from tiltopt.online.settings.samplers import make_sampler
-from tiltopt.online.settings.validation import validated
+from tiltopt.online.settings.validation import check_sampler, validated
 from tiltopt.samplers import registry
 
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -75,6 +75,12 @@ def test_changed_settings_are_validated_when_a_run_is_opened(tmp_path: Path) -> 
     Optimizer.create(tmp_path / "run", CONFIG, engine=FakeEngine()).close()
     with pytest.raises(ConfigError, match=r"model\.kernl"):
         Optimizer.open(tmp_path / "run", config=CONFIG | {"model": {"kernl": 1}}, allow_change=True)
+
+
+def test_a_consistency_model_has_noise_whatever_eta_is() -> None:
+    check_sampler(SamplerSettings(), PriorSettings(eta=0.0, renoise=True))
+    with pytest.raises(ConfigError, match=r"prior\.eta"):
+        check_sampler(SamplerSettings(), PriorSettings(eta=0.0))
 
 
 @pytest.mark.parametrize("name", registry.SAMPLERS)
