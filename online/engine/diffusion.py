@@ -410,16 +410,7 @@ class DiffusionEngine:
     def _keep_pilot(
         self, steps: tuple[int, ...], rows: Sequence[tuple[Tensor, Tensor, Tensor]], prompts: Sequence[str]
     ) -> None:
-        features, gaps, final = (torch.stack(column) for column in zip(*rows, strict=True))
-        unique = list(dict.fromkeys(prompts))
-        pilot = FeaturePilot(
-            torch.tensor(self.team.broadcast(steps)),
-            torch.tensor([self.prior.num_steps]),
-            features.transpose(0, 1).contiguous(),
-            final,
-            gaps.mean(dim=0),
-            torch.tensor([unique.index(prompt) for prompt in prompts]),
-        )
+        pilot = FeaturePilot.of(self.team.broadcast(steps), self.prior.num_steps, rows, prompts)
         if self.team.is_main:
             pilot.save(self._folder)
         self.__dict__["pilot"] = pilot
