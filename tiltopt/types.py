@@ -37,6 +37,11 @@ class Conditioning:
         picked = torch.as_tensor(rows, dtype=torch.long)
         return Conditioning(tuple(self.prompts[i] for i in rows), _map(self.embeds, lambda t: t[picked.to(t.device)]))
 
+    @staticmethod
+    def join(parts: Sequence[Conditioning]) -> Conditioning:
+        """The rows of one after those of the other; their embeds are of one structure."""
+        return Conditioning(tuple(p for part in parts for p in part.prompts), _join([part.embeds for part in parts]))
+
 
 Potential = Callable[[Tensor, Conditioning], Tensor]
 """Designs (n, *design) and their conditioning (n rows) -> log G, shape (n,), in nats."""
@@ -54,3 +59,16 @@ def _map(tree: Any, fn: Callable[[Tensor], Tensor]) -> Any:
         mapped = [_map(v, fn) for v in tree]
         return type(tree)(*mapped) if hasattr(tree, "_fields") else type(tree)(mapped)
     raise TypeError(f"`embeds` must hold tensors, tuples, lists, dicts or None, got {type(tree).__name__}")
+
+
+def _join(trees: Sequence[Any]) -> Any:
+    """Tensors in the same places of nested structures, one after the other; None stays None."""
+    first = trees[0]
+    if first is None:
+        return None
+    if isinstance(first, Tensor):
+        return torch.cat(list(trees))
+    if isinstance(first, dict):
+        return {key: _join([tree[key] for tree in trees]) for key in first}
+    joined = [_join(list(column)) for column in zip(*trees, strict=True)]
+    return type(first)(*joined) if hasattr(first, "_fields") else type(first)(joined)

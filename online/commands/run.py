@@ -244,7 +244,7 @@ def carry_on(
         rows = optimizer.store.frame(round_)
         images = [optimizer.image(i) for i in rows["id"]]
         seen = judged(judge, list(rows["id"]), images, list(rows["prompt"]))
-        return {**seen, "particles": settings.sampler.num_particles, **peak_memory(team.device)}
+        return {**seen, "unit": unit, "particles": settings.sampler.num_particles, **peak_memory(team.device)}
 
     try:
         result = run(optimizer, black_box, hooks=hooks, measure=measure)

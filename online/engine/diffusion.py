@@ -50,23 +50,6 @@ from tiltopt.surrogates.several import SeveralModel
 from tiltopt.types import Conditioning
 
 
-def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
-    """Several conditionings as one."""
-
-    def join(trees: Sequence[Any]) -> Any:
-        first = trees[0]
-        if first is None:
-            return None
-        if isinstance(first, Tensor):
-            return torch.cat(list(trees))
-        if isinstance(first, dict):
-            return {k: join([t[k] for t in trees]) for k in first}
-        joined = [join(list(column)) for column in zip(*trees, strict=True)]
-        return type(first)(*joined) if hasattr(first, "_fields") else type(first)(joined)
-
-    return Conditioning(tuple(p for part in parts for p in part.prompts), join([part.embeds for part in parts]))
-
-
 class StepCounter:
     """A sampler's callback that counts denoising steps over all groups."""
 
@@ -367,7 +350,7 @@ class DiffusionEngine:
             if prompt not in known:
                 known[prompt] = self.prior.encode([prompt])
         unique = list(dict.fromkeys(prompts))
-        stacked = concatenate([known[p] for p in unique])
+        stacked = Conditioning.join([known[p] for p in unique])
         return stacked.select([unique.index(p) for p in prompts])
 
     def _deal(self, asks: Sequence[Ask], size: int) -> list[list[tuple[int, Ask]]]:
