@@ -20,7 +20,7 @@ from tiltopt.online import rounds
 from tiltopt.online.answering import WAIT_S, Answering, trouble_of
 from tiltopt.online.hooks import Hook
 from tiltopt.online.optimizer import Optimizer
-from tiltopt.online.pairs import Judging
+from tiltopt.online.pairs import Comparing
 from tiltopt.online.queries import EXTRA_KINDS
 from tiltopt.online.report.record import ended, without_summary, write_reference_summary, write_round_summary
 from tiltopt.online.runner import CallPolicy, Stop
@@ -139,7 +139,7 @@ def work(optimizer: Optimizer, black_box: BlackBox, *, hooks: Hook | None = None
     """
     settings, store = optimizer.settings, optimizer.store
     if not is_shared(optimizer.folder) or settings.pairwise:
-        what = "hands out pairs, which one process judges" if settings.pairwise else "has a store of its own"
+        what = "hands out pairs, which one process has compared" if settings.pairwise else "has a store of its own"
         raise ConfigError(
             f"{optimizer.folder} {what}; workers help where values are asked and the queries are in a shared database "
             "(store_url, docs/loop.md). Carry this one on with `tiltopt resume`."
@@ -202,7 +202,7 @@ class _Work:
         self.optimizer = optimizer
         self.hooks = hooks
         self.measure = measure
-        kind = Judging if optimizer.settings.pairwise else Answering
+        kind = Comparing if optimizer.settings.pairwise else Answering
         self.answering = kind(optimizer.store, optimizer.folder, optimizer.settings, black_box, hooks, policy)
 
     def next_step(self) -> _Step:

@@ -42,7 +42,7 @@ from tiltopt.online.report.front import columns_of
 from tiltopt.online.rounds import Job
 from tiltopt.online.settings.composed import composed
 from tiltopt.online.settings.objectives import objectives_of, outcomes_of
-from tiltopt.online.settings.run import Settings
+from tiltopt.online.settings.run import MOST, Settings
 from tiltopt.online.settings.source import ASK_TELL, Source, how_to_go_on, presumed, refusal
 from tiltopt.online.store import backup, files, run_folder
 from tiltopt.online.store.rows import origin_of
@@ -210,7 +210,7 @@ class Optimizer:
             n: 1 to 10,000.
             progress: told (kind, done, total) while the round is fitted and drawn.
         """
-        n = batch_size(n)
+        n = batch_size(n, MOST)
 
         def prepare(on_progress: OnProgress) -> tuple[Job, Model | None]:
             return rounds.prepare(self.store, self.engine, self.settings, self.folder, n, on_progress)
@@ -234,7 +234,7 @@ class Optimizer:
             ConfigError: `strength` or `n` out of range. StoreError: an unknown query, one that is failed or abandoned,
                 or one of which neither latents nor design are left.
         """
-        number, strength, n = query_number(id), strength_of(strength), batch_size(n)
+        number, strength, n = query_number(id), strength_of(strength), batch_size(n, MOST)
 
         def prepare(on_progress: OnProgress) -> tuple[Job, Model | None]:
             wanted = number, strength, n, on_progress
@@ -539,7 +539,7 @@ class Optimizer:
         its `value`. Fewer where fewer are answered."""
         answered = record.load_run(self.folder, self.store).queries.dropna(subset="value")
         top = answered[answered["state"] == "answered"].sort_values("value", ascending=False, kind="stable")
-        values = top.head(batch_size(n)).set_index("id")["value"]
+        values = top.head(batch_size(n, MOST)).set_index("id")["value"]
         return Queries(
             dataclasses.replace(self._query(self.store.get(int(i))), value=float(v)) for i, v in values.items()
         )
@@ -557,7 +557,7 @@ class Optimizer:
             return f"Optimizer({str(self.folder)!r}, {'closed' if self.team.is_main else 'without a store'})"
         counts = ", ".join(f"{n} {state}" for state, n in self._store.counts().items() if n) or "nothing asked yet"
         drawn = sum(known.kind not in EXTRA_KINDS for known in self._store.rounds())
-        who = self.source() or "nobody yet"
+        who = self.source() or ("unknown" if self.told() else "nobody yet")
         return (
             f"Optimizer({str(self.folder)!r}, {drawn} of {self.settings.rounds + 1} rounds: {counts}; answers: {who})"
         )
@@ -594,7 +594,7 @@ class Optimizer:
         """
         self.takes_values()
         found = []
-        for row in self.store.claim(worker, batch_size(n), patience_s):
+        for row in self.store.claim(worker, batch_size(n, MOST), patience_s):
             try:
                 found.append(self._query(row))
             except StoreError as error:

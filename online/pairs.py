@@ -202,7 +202,7 @@ def _shares(rows: Sequence[Any], numbers: Sequence[int]) -> Mapping[int, float]:
     return {number: (won[number] + 0.5) / (met[number] + 1) for number in numbers}
 
 
-# ---- having them judged
+# ---- having them compared
 
 
 class Both:
@@ -216,7 +216,7 @@ class Both:
 
 
 class PairLedger:
-    """The book of a run for pairs: a comparison is entered before its judge is called, and found again by its pair."""
+    """The book of a run for pairs: a comparison is entered before it is asked for, and found by its pair."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -242,8 +242,8 @@ class PairLedger:
         return self._ids[pair]
 
 
-class Judging(Answering):
-    """`Answering` for a run of comparisons: the pairs of its plan are judged."""
+class Comparing(Answering):
+    """`Answering` for a run of comparisons: the pairs of its plan are compared."""
 
     plan: Pairs
     ledger: PairLedger

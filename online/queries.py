@@ -18,9 +18,6 @@ from torch import Tensor
 from tiltopt.errors import ConfigError, RewardError, StoreError
 from tiltopt.notebook import Shown, gallery
 
-MOST = 10_000
-"""Queries that are asked at once."""
-
 
 @dataclass(frozen=True)
 class Origin:
@@ -334,12 +331,12 @@ class Queries(list[Query]):
         return gallery(f"{len(self)} queries", [(query.image, query.caption) for query in self])
 
 
-def batch_size(n: Any) -> int:
-    """`n` as a number of queries."""
+def batch_size(n: Any, most: int) -> int:
+    """`n` as a number of queries, at most `most`."""
     if isinstance(n, bool) or not isinstance(n, numbers.Integral) or n < 1:
         raise ConfigError(f"expected a number of queries, an integer >= 1, got {n!r}.")
-    if int(n) > MOST:
-        raise ConfigError(f"expected at most {MOST} queries at once, got {n}; ask several times.")
+    if int(n) > most:
+        raise ConfigError(f"expected at most {most} queries at once, got {n}; ask several times.")
     return int(n)
 
 

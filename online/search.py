@@ -57,7 +57,8 @@ def start_queries(
     Args:
         seen: what the answers so far say of the features.
     """
-    blind = settings.search.fallback and seen is not None and seen.blind
+    enterable = settings.prior.num_steps > 1  # half-way, as designs of earlier ones are started from
+    blind = settings.search.fallback and enterable and seen is not None and seen.blind
     operators = settings.search.operators.split("+")
     if operators == ["global"] and not blind:
         return tuple(asks), []

@@ -136,7 +136,7 @@ def export(folder: str | Path, target: str | Path, kind: str) -> int:
             "parquet: expected the package pyarrow, got none. `pip install pyarrow`, or export with --csv."
         )
     record = load_run(folder)
-    frame = record.queries[[*COLUMNS, *(objective.name for objective in record.objectives)]]
+    frame = record.queries.reindex(columns=[*COLUMNS, *(objective.name for objective in record.objectives)])
     if len(record.comparisons):
         with reading(record.folder) as store:  # the surrogate's own predictions
             frame = store.frame()

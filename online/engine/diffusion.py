@@ -19,10 +19,9 @@ from tiltopt.designs import IMAGES, design_type
 from tiltopt.errors import ConfigError, TiltoptError
 from tiltopt.kinds import needs
 from tiltopt.online.engine import memory
-from tiltopt.online.engine.aim import Aim, aim, fit_several, model_of
 from tiltopt.online.engine.feature_pilot import FeaturePilot
 from tiltopt.online.engine.in_memory import encoder_of, held_prior, named
-from tiltopt.online.engine.potential import AcquisitionPotential
+from tiltopt.online.engine.potential import AcquisitionPotential, Aim, aim, fit_several, model_of
 from tiltopt.online.engine.price import LEAST, bound, cost_of, first_price
 from tiltopt.online.engine.restarts import latents_of, law_of, origin_of, sampler_of
 from tiltopt.online.hooks import OnStep
@@ -398,16 +397,7 @@ class DiffusionEngine:
     def _keep_pilot(
         self, steps: tuple[int, ...], rows: Sequence[tuple[Tensor, Tensor, Tensor]], prompts: Sequence[str]
     ) -> None:
-        features, gaps, final = (torch.stack(column) for column in zip(*rows, strict=True))
-        unique = list(dict.fromkeys(prompts))
-        pilot = FeaturePilot(
-            torch.tensor(self.team.broadcast(steps)),
-            torch.tensor([self.prior.num_steps]),
-            features.transpose(0, 1).contiguous(),
-            final,
-            gaps.mean(dim=0),
-            torch.tensor([unique.index(prompt) for prompt in prompts]),
-        )
+        pilot = FeaturePilot.of(self.team.broadcast(steps), self.prior.num_steps, rows, prompts)
         if self.team.is_main:
             pilot.save(self._folder)
         self.__dict__["pilot"] = pilot

@@ -25,7 +25,7 @@ from tiltopt.errors import ConfigError, RewardError, StoreError
 from tiltopt.online import loop
 from tiltopt.online.commands.import_table import import_measurements, read_measurements
 from tiltopt.online.commands.inspect import status, surrogate_text
-from tiltopt.online.engine.aim import aim, fit_several, model_of
+from tiltopt.online.engine.potential import aim, fit_several, model_of
 from tiltopt.online.optimizer import Optimizer
 from tiltopt.online.queries import Ask, Drawn, Objective, Observations, Plan
 from tiltopt.online.report.front import front_numbers, merits, on_front
