@@ -5,18 +5,22 @@
 
 Of each part (network, decoder, CLIP) and number of rows: seconds forward, and forward and backward, effective TFLOP/s,
 their share of the fastest large matrix product, and memory beside what two rows predict. Of each lever: seconds and
-memory of a whole look (network, decoder, CLIP, and back). Then whether a compiled and a bfloat16 network give the same
-numbers, a round of the loop in queries per hour, and what the paper-scale UCB run would take. A row that stands in the
-results is not measured again. Operations are PyTorch's own count, a product and a sum being two.
+memory of a whole look (network, decoder, CLIP, and back). A round of the loop in queries per hour, and what the
+paper-scale UCB run would take. Last, because compilers are not everywhere, whether a compiled and a bfloat16 network
+give the same numbers. A row that stands in the results is not measured again; one that fails says why there, is tried
+anew by the next call, and stops no other. Operations are PyTorch's own count, a product and a sum being two.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
+import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -54,9 +58,8 @@ LEVERS: dict[str, dict[str, Any]] = {
     "gradient_checkpointing": {"gradient_checkpointing": True},
     "vae_slicing": {"vae_slicing": True},
     "guidance_decoder": {"guidance_decoder": True},
-    "compile": {"compile": True},
 }
-"""Each beside bfloat16 throughout."""
+"""Each beside bfloat16 throughout, and compiling after all that needs no compiler."""
 REPEATS = 3
 
 
@@ -69,18 +72,22 @@ class Results:
         self.content: dict[str, Any] = found if found.get("about") == about else {"about": about}
 
     def row(self, section: str, key: str, measure: Callable[[], Any]) -> None:
-        """Measure a row unless it is there; one that runs out of memory says so."""
-        rows = self.content.setdefault(section, {})
-        if key in rows:
+        """Measure a row unless it is there. One that runs out of memory or fails says so in its place."""
+        rows, started = self.content.setdefault(section, {}), time.perf_counter()
+        if key in rows and not (isinstance(rows[key], dict) and "failed" in rows[key]):
             return
         try:
             rows[key] = measure()
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            rows[key] = {"out_of_memory": True}
+        except Exception as error:
+            if is_out_of_memory(error):
+                rows[key] = {"out_of_memory": True}
+            else:
+                traceback.print_exc()
+                rows[key] = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
+        if "out_of_memory" in str(rows[key]):  # what the traceback held is gone by now
+            gc.collect()
             torch.cuda.empty_cache()
-        print(f"{section} / {key}: {rows[key]}", flush=True)
+        print(f"{section} / {key}: {rows[key]} ({time.perf_counter() - started:.1f} s)", flush=True)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".part")
         partial.write_text(json.dumps(self.content, indent=2) + "\n", encoding="utf-8")
@@ -93,7 +100,7 @@ class Machine:
     def __init__(self, size: str, device: torch.device, steps: int) -> None:
         s = SIZES[size]
         self.device, self.steps, self.dtype = device, steps, "bfloat16" if device.type == "cuda" else "float32"
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):  # else every GPU is woken
             torch.random.default_generator.manual_seed(0)
             self.pipe = _pipeline(s)
             self.tiny = _tiny_decoder(s)
@@ -108,8 +115,9 @@ class Machine:
         options: dict[str, Any] = {"dtype": self.dtype, "vae_dtype": self.dtype} | levers
         if options.pop("guidance_decoder", False):
             options["guidance_decoder"] = self.tiny
-        for module in (self.pipe.unet, self.pipe.vae):  # a lever of the row before
+        for module in (self.pipe.unet, self.pipe.vae, self.tiny):  # levers of the row before
             module.disable_gradient_checkpointing()
+            module.to(memory_format=torch.contiguous_format)
         self.pipe.vae.disable_slicing()
         return DiffusersPrior.from_pipeline(
             self.pipe, num_steps=self.steps, guidance_scale=7.5, device=self.device, **options
@@ -305,7 +313,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--queries", type=int, default=16, help="of the round of the loop")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--backend", default="inductor", help="of torch.compile")
+    parser.add_argument("--backend", default="inductor", help="of torch.compile; '' leaves it out")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "gpu.json")
     args = parser.parse_args(arguments)
     device = torch.device(args.device)
@@ -322,16 +330,22 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             results.row(part, str(count), lambda part=part, count=count: machine.part(part, count, peak))  # type: ignore[misc]
         results.row("memory", str(count), lambda count=count: machine.memory(count))  # type: ignore[misc]
     for lever, options in LEVERS.items():
-        if lever == "compile" and args.backend == "":
-            continue
         results.row("levers", lever, lambda options=options: machine.look(rows, peak, **options))  # type: ignore[misc]
-    results.row("equality", "bfloat16", lambda: machine.same(2, "", dtype="bfloat16"))
-    results.row("equality", "compiled", lambda: machine.same(2, args.backend))
     results.row("paper_ucb", "true decoder", lambda: machine.paper(rows))
     results.row("paper_ucb", "tiny decoder", lambda: machine.paper(rows, guidance_decoder=True))
     results.row("loop_round", f"{args.queries} queries x 4", lambda: machine.round(args.queries, 4, rows))
+    results.row("equality", "bfloat16", lambda: machine.same(2, "", dtype="bfloat16"))
+    if args.backend:
+        results.row("levers", "compile", lambda: machine.look(rows, peak, compile=True))
+        results.row("equality", "compiled", lambda: machine.same(2, args.backend))
     return results.content
 
 
+def failed(content: dict[str, Any]) -> list[str]:
+    """Rows that failed for another reason than memory."""
+    rows = ((f"{section} / {key}", row) for section, found in content.items() for key, row in found.items())
+    return [name for name, row in rows if isinstance(row, dict) and "failed" in row]
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(", ".join(f"{name} failed" for name in failed(main())) or 0)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import HERE, SIZES, Machine, Results
+from benchmarks.gpu import HERE, SIZES, Machine, Results, failed
 
 ROOT = HERE.parent
 
@@ -51,7 +51,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--device", default="auto", help="cpu, or what accelerate gives")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "gpu_team.json")
     args = parser.parse_args(arguments)
-    name = "cpu" if args.device == "cpu" else torch.cuda.get_device_name()
+    on_gpus = args.device != "cpu" and torch.cuda.is_available()
+    name = torch.cuda.get_device_name() if on_gpus else "cpu"
     about = {"device": name, "size": args.size, "steps": args.steps, "queries": args.queries, "rows": args.rows}
     results = Results(args.out, about)
     with tempfile.TemporaryDirectory() as place:
@@ -59,10 +60,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         machine.pipe.save_pretrained(Path(place) / "pipeline")
         machine.clip.save_pretrained(Path(place) / "clip")
         for n in args.processes:
+            if on_gpus and n > torch.cuda.device_count():
+                print(f"round / {n}: left out, {torch.cuda.device_count()} GPUs are here", flush=True)
+                continue
             one = (Path(place), n, args.steps, args.queries, args.rows, args.device)
             results.row("round", str(n), lambda one=one: round_of(*one))  # type: ignore[misc]
     return results.content
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(", ".join(f"{name} failed" for name in failed(main())) or 0)

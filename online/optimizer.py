@@ -29,6 +29,7 @@ import pandas as pd
 from botorch.models.model import Model
 from PIL import Image
 
+from tiltopt.designs import IMAGES, DesignType, design_type
 from tiltopt.errors import ConfigError, StoreError
 from tiltopt.online import rounds
 from tiltopt.online.engine.base import Engine
@@ -41,7 +42,7 @@ from tiltopt.online.report.front import columns_of
 from tiltopt.online.rounds import Job
 from tiltopt.online.settings.composed import composed
 from tiltopt.online.settings.objectives import objectives_of, outcomes_of
-from tiltopt.online.settings.run import Settings
+from tiltopt.online.settings.run import MOST, Settings
 from tiltopt.online.settings.source import ASK_TELL, Source, how_to_go_on, presumed, refusal
 from tiltopt.online.store import backup, files, run_folder
 from tiltopt.online.store.rows import origin_of
@@ -107,6 +108,11 @@ class Optimizer:
 
         place = place_of(folder)
         settings = validated(composed(config, preset=preset, prompts=prompts, reward=reward))
+        if prior is None and engine is None and design_type(settings.design) is not IMAGES:
+            raise ConfigError(
+                f"`design`: priors that `prior.path` loads draw pictures; for {settings.design!r} hand one over, "
+                "Optimizer.create(..., prior=my_prior)."
+            )
         if prior is not None:
             held = _engine_of(dataclasses.replace(settings, run_dir=str(place)), prior, engine, team)
             engine, settings = held, held.settings
@@ -204,7 +210,7 @@ class Optimizer:
             n: 1 to 10,000.
             progress: told (kind, done, total) while the round is fitted and drawn.
         """
-        n = batch_size(n)
+        n = batch_size(n, MOST)
 
         def prepare(on_progress: OnProgress) -> tuple[Job, Model | None]:
             return rounds.prepare(self.store, self.engine, self.settings, self.folder, n, on_progress)
@@ -226,9 +232,9 @@ class Optimizer:
 
         Raises:
             ConfigError: `strength` or `n` out of range. StoreError: an unknown query, one that is failed or abandoned,
-                or one of which neither latents nor image are left.
+                or one of which neither latents nor design are left.
         """
-        number, strength, n = query_number(id), strength_of(strength), batch_size(n)
+        number, strength, n = query_number(id), strength_of(strength), batch_size(n, MOST)
 
         def prepare(on_progress: OnProgress) -> tuple[Job, Model | None]:
             wanted = number, strength, n, on_progress
@@ -251,7 +257,7 @@ class Optimizer:
 
         def commit() -> None:
             self.store.reserve(job.record, [a.number for a in job.asks])
-            rounds.commit(self.store, self.engine, self.folder, job, drawn, model, started)
+            rounds.commit(self.store, self.engine, self.folder, self.kind, job, drawn, model, started)
             self.checkpoint()
 
         with self._one_asks:  # of several threads the second waits, and asks the round after
@@ -259,7 +265,17 @@ class Optimizer:
             drawn, model = with_peers(self.team, lambda: rounds.draw(self.engine, job, fitted.or_none, on_progress))
             on_main(self.team, commit)
         return Queries(
-            Query(a.number, a.prompt, a.seed, d.image, d.predicted, d.predicted_sd, a.round, **vars(d.origin))
+            Query(
+                a.number,
+                a.prompt,
+                a.seed,
+                d.image,
+                d.predicted,
+                d.predicted_sd,
+                a.round,
+                design=d.design,
+                **vars(d.origin),
+            )
             for a, d in zip(job.asks, drawn, strict=True)
         )
 
@@ -523,7 +539,7 @@ class Optimizer:
         its `value`. Fewer where fewer are answered."""
         answered = record.load_run(self.folder, self.store).queries.dropna(subset="value")
         top = answered[answered["state"] == "answered"].sort_values("value", ascending=False, kind="stable")
-        values = top.head(batch_size(n)).set_index("id")["value"]
+        values = top.head(batch_size(n, MOST)).set_index("id")["value"]
         return Queries(
             dataclasses.replace(self._query(self.store.get(int(i))), value=float(v)) for i, v in values.items()
         )
@@ -541,7 +557,7 @@ class Optimizer:
             return f"Optimizer({str(self.folder)!r}, {'closed' if self.team.is_main else 'without a store'})"
         counts = ", ".join(f"{n} {state}" for state, n in self._store.counts().items() if n) or "nothing asked yet"
         drawn = sum(known.kind not in EXTRA_KINDS for known in self._store.rounds())
-        who = self.source() or "nobody yet"
+        who = self.source() or ("unknown" if self.told() else "nobody yet")
         return (
             f"Optimizer({str(self.folder)!r}, {drawn} of {self.settings.rounds + 1} rounds: {counts}; answers: {who})"
         )
@@ -552,9 +568,9 @@ class Optimizer:
         return pages.glance(record.load_run(self.folder, self._store), repr(self))
 
     def pending(self) -> list[Query]:
-        """Queries that are asked and have no answer yet, with their images.
+        """Queries that are asked and have no answer yet, with their designs.
 
-        One whose image cannot be read is left out with a warning that names it.
+        One whose design cannot be read is left out with a warning that names it.
         """
         found = []
         for row in self.store.in_state("asked"):
@@ -568,7 +584,7 @@ class Optimizer:
         """Take up to `n` outstanding queries for `worker`; no other worker is handed them meanwhile.
 
         Those of a worker without a sign of life (`claim`, `heartbeat`) for `patience_s` seconds are handed out again.
-        A query whose image cannot be read has failed, and says so; put the file back and `retry` it.
+        A query whose design cannot be read has failed, and says so; put the file back and `retry` it.
 
         Args:
             worker: a name that no other worker has.
@@ -578,7 +594,7 @@ class Optimizer:
         """
         self.takes_values()
         found = []
-        for row in self.store.claim(worker, batch_size(n), patience_s):
+        for row in self.store.claim(worker, batch_size(n, MOST), patience_s):
             try:
                 found.append(self._query(row))
             except StoreError as error:
@@ -591,12 +607,25 @@ class Optimizer:
         return self.store.heartbeat(worker)
 
     def _query(self, row: Any) -> Query:
-        image, origin = self.image(row.number), origin_of(row)
-        known = row.number, row.prompt, row.seed, image, row.predicted, row.predicted_sd, row.round
-        return Query(*known, **vars(origin))
+        design, origin = self.design(row.number), origin_of(row)
+        known = row.number, row.prompt, row.seed, self.kind.view(design), row.predicted, row.predicted_sd, row.round
+        return Query(*known, design=design, **vars(origin))
+
+    @property
+    def kind(self) -> DesignType:
+        """What the designs of this run are."""
+        return design_type(self.settings.design)
+
+    def design(self, id: int) -> Any:
+        """The design of a query, as the black box is handed it: an image, or an array (`tiltopt.designs`).
+
+        Raises:
+            StoreError: its file is missing or damaged.
+        """
+        return files.query_design(self.folder, query_number(id), self.kind)
 
     def image(self, id: int) -> Image.Image:
-        """The image of a query.
+        """The picture of a query; of a run of images the design itself.
 
         Raises:
             StoreError: its file is missing or damaged.

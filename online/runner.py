@@ -26,18 +26,18 @@ from tiltopt.online.hooks import OnStep
 from tiltopt.online.queries import Spent
 from tiltopt.online.signals import patient
 from tiltopt.rewards.base import Answer, BlackBox, Retry
-from tiltopt.rewards.replies import read_reply
+from tiltopt.rewards.replies import ReplyError, read_reply
 
 log = logging.getLogger(__name__)
 
 Item = tuple[Hashable, Any, Any]
 """(id, image, prompt); what the two last are is between the caller and the black box."""
 
-Budget = Literal["max_queries", "max_calls", "max_seconds"]
+Limit = Literal["max_queries", "max_calls", "max_seconds"]
 
 PROGRAMMING_ERRORS = (
     TypeError, NameError, AttributeError, ImportError, SyntaxError, AssertionError, LookupError, ZeroDivisionError,
-    NotImplementedError, RecursionError,
+    NotImplementedError, RecursionError, ReplyError,
 )  # fmt: skip
 """Errors of the function that was called, not of the world around it: the same call would raise them again."""
 
@@ -97,7 +97,7 @@ class CallPolicy:
         """The policy that a configuration's section `reward` asks for."""
         return cls(**{field.name: getattr(reward, field.name) for field in dataclasses.fields(cls)})
 
-    def used_up(self, spent: Spent, promised: int = 0) -> Budget | None:
+    def used_up(self, spent: Spent, promised: int = 0) -> Limit | None:
         """The budget that is used up, or None while something may still be asked.
 
         Args:
@@ -176,7 +176,7 @@ class Stop:
         message: for people.
     """
 
-    reason: Budget | Literal["stop_after"]
+    reason: Limit | Literal["stop_after"]
     remaining: tuple[Hashable, ...]
     message: str
 
@@ -224,7 +224,7 @@ class Runner:
         self.dead_calls = 0  # in a row, over all calls of `run`
         self.first_trouble = ""  # of that row
 
-    def used_up(self, promised: int = 0) -> Budget | None:
+    def used_up(self, promised: int = 0) -> Limit | None:
         """See `CallPolicy.used_up`; by this object's clock."""
         spent = replace(self.ledger.spent(), seconds=self.clock() - self.started)
         return self.policy.used_up(spent, promised)
@@ -316,7 +316,7 @@ class _Calls:
     bell: threading.Event = field(default_factory=threading.Event)
     resolved: set[int] = field(default_factory=set)
     problems: list[TiltoptError] = field(default_factory=list)
-    stopped: Budget | Literal["stop_after"] | None = None
+    stopped: Limit | Literal["stop_after"] | None = None
     death: str = ""
     interrupted: bool = False
     give_up_at: float = float("inf")
@@ -522,7 +522,7 @@ class _Calls:
     def failed(self, job: _Job, error: BaseException) -> None:
         """A call raised: an error of ours ends the asking, a `Retry` holds everybody, a programming error fails the
         query, anything else is tried again."""
-        if isinstance(error, TiltoptError):
+        if isinstance(error, TiltoptError) and not isinstance(error, ReplyError):
             self.problems.append(error)
             self.back(job)
             return

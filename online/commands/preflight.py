@@ -121,9 +121,12 @@ def _estimate(settings: Settings | DirectSettings, team: Team) -> str:
     peak = torch.cuda.max_memory_allocated(team.device) / 2**20 if on_gpu else peak_memory_mb()
     machine = torch.cuda.get_device_name(team.device) if on_gpu else "this processor"
     machines = machine if team.size == 1 else f"{team.size} of {machine}"
+    rest = "what the reward computes comes on top"
+    if isinstance(settings, Settings):
+        rest = "answers and fits of the surrogate come on top"
     return (
         f"{chosen}time: about {_duration(rates.seconds(c.work) / team.size)} on {machines}, from one step of {rows} "
-        f"rows; answers and fits of the surrogate come on top\npeak memory: about {peak:,.0f} MB"
+        f"rows; {rest}\npeak memory: about {peak:,.0f} MB"
     )
 
 

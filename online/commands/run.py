@@ -244,7 +244,7 @@ def carry_on(
         rows = optimizer.store.frame(round_)
         images = [optimizer.image(i) for i in rows["id"]]
         seen = judged(judge, list(rows["id"]), images, list(rows["prompt"]))
-        return {**seen, "particles": settings.sampler.num_particles, **peak_memory(team.device)}
+        return {**seen, "unit": unit, "particles": settings.sampler.num_particles, **peak_memory(team.device)}
 
     try:
         result = run(optimizer, black_box, hooks=hooks, measure=measure)
@@ -331,8 +331,8 @@ def _taught_by(folder: Path) -> Settings:
         source = presumed(optimizer.source(), optimizer.told() > 0, settings.reward)
     if source is None or source.kind != "reward":
         raise ConfigError(
-            f"the answers of {folder} come from {source or 'an unknown source'}, and only they can say what its "
-            "surrogates are worth; name the reward that is to answer the evaluation with --config FILE.py:PRESET "
+            f"the answers of {folder} come from {source or 'an unknown source'}, not from a reward that could be asked "
+            "about new pictures. Name one that measures the same with --config FILE.py:PRESET "
             "--config.reward.name=NAME."
         )
     return settings

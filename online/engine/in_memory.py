@@ -75,7 +75,7 @@ def encoder_of(prior: Any) -> LatentEncoder:
         shape = tuple(prior.decode(prior.initial(1, Generator().manual_seed(0))).shape)
     if len(shape) != 4 or shape[1] != 3:
         raise ConfigError(
-            f"`prior`: a run asks about pictures, (n, 3, H, W) in [0, 1], and a {type(prior).__name__} that makes "
-            f"{shape} was given. Let its `decode` make pictures, or draw without a run: tiltopt.draw."
+            f"`prior`: this run asks about pictures, (n, 3, H, W) in [0, 1], and a {type(prior).__name__} that makes "
+            f"{shape} was given. Let its `decode` make pictures, or say what it makes: design='tensor', 'tokens:20'."
         )
     return Pixels((shape[2], shape[3]))

@@ -372,7 +372,9 @@ def _unit(record: RunRecord, unit: str | None) -> str:
         return UNIT
     if len(maximised(record.objectives)) > 1:
         return MERIT
-    return str(record.summary.get("unit", "")) if unit is None else unit
+    if unit is not None:
+        return unit
+    return str(next((told["unit"] for told in (record.summary, *record.rounds) if told.get("unit")), ""))
 
 
 def _front_values(record: RunRecord) -> list[dict[str, Any]]:

@@ -23,6 +23,9 @@ from tiltopt.options import did_you_mean, unknown_key
 OPEN_SECTIONS = tuple(name for name, section in vars(Settings()).items() if hasattr(section, "options"))
 """Sections whose further keys are options of the reward, the surrogate and the sampler."""
 
+SHAPES = ("prior.size",)
+"""Keys that take a pair as well as a number, where a flag has one type."""
+
 USAGE = "usage: --config FILE.py[:PRESET] [--config.KEY=VALUE ...], for example --config config/ucb.py:demo"
 
 
@@ -47,13 +50,18 @@ def parse(argv: Sequence[str]) -> ConfigDict:
             section in OPEN_SECTIONS and rest and "." not in rest and section in config and rest not in config[section]
         )
         (options if is_option else known).append((key, text))
+    shapes = {key: literal(text) for key, text in known if key in SHAPES and isinstance(literal(text), (tuple, list))}
     for key, text in known:
-        _check_kind(key, _default(config, key), text)
+        default = _default(config, key)
+        if key not in shapes:
+            _check_kind(key, default, text)
     emptied = [key for key, text in known if text == "None"]
     by_hand = {key for key, text in known if text != "None"}
     emptied += [other for key, other in INSTEAD.items() if key in by_hand and other not in dict(known)]
-    config = _flagged(source, [f"--config.{key}={text}" for key, text in known if text != "None"])
-    with config.unlocked():
+    flagged = [(key, text) for key, text in known if text != "None" and key not in shapes]
+    config = _flagged(source, [f"--config.{key}={text}" for key, text in flagged])
+    with config.unlocked(), config.ignore_type():
+        config.update_from_flattened_dict(shapes)
         for key in emptied:  # flags cannot take a number back; whether nothing is allowed, the settings say
             section, _, last = key.rpartition(".")
             (config[section] if section else config)[last] = None

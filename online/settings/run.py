@@ -17,7 +17,6 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from tiltopt.errors import ConfigError
 from tiltopt.kinds import DEFAULT_KIND, parse_kind
-from tiltopt.online.queries import MOST
 from tiltopt.online.settings.renamed import refuse_old_names
 from tiltopt.options import Range, above, at_least, between, check_fields, ranged, unknown_key
 
@@ -35,6 +34,12 @@ class Section:
         check_fields(self, self.section)
 
 
+def _is_size(value: Any) -> bool:
+    if isinstance(value, int):
+        return value >= 0
+    return len(value) == 2 and all(type(v) is int and v > 0 for v in value)
+
+
 @dataclass(frozen=True)
 class PriorSettings(Section):
     """The diffusion model. `path` is "embedded", a pipeline's folder, or a hub id; levers as in docs/priors.md."""
@@ -49,7 +54,9 @@ class PriorSettings(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the network; latents stay float32
     vae_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the decoder
     renoise: bool = False  # the kernels of a consistency model (LCM); eta then means nothing
-    size: int = ranged(0, at_least(0))  # side of a picture in pixels; 0 = as the network was trained
+    size: int | tuple = ranged(
+        0, Range(_is_size, "a number of pixels, (height, width), or 0")
+    )  # a picture's side in pixels, or (height, width); 0 = as the network was trained
     variant: str = ""  # of the weight files, for example "fp16"
     lora: str = ""  # a LoRA of the same base: folder, file or hub id
     guidance_decoder: str = ""  # folder of an AutoencoderTiny: decodes every look but the last
@@ -105,6 +112,8 @@ class RewardSettings(Section):
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+MOST = 10_000
+"""Queries that are asked at once."""
 BUDGET = 48.0
 """Nats that a query may cost where nothing else is said."""
 INSTEAD = {"sampler.alpha": "sampler.budget_nats", "sampler.budget_nats": "sampler.alpha"}
@@ -228,6 +237,7 @@ class Settings(Section):
     rounds: int = ranged(4, at_least(0))  # after round 0
     batch_size: int = ranged(16, between(1, MOST))  # queries per round
     initial_batch_size: int = ranged(64, between(2, MOST))  # queries of round 0, plain samples; a surrogate needs data
+    design: str = "image"  # what is drawn: image, tokens:20 or tokens:ACGT, or tensor; see tiltopt/designs.py
     prompts: str = "simple_animals"  # a built-in list, a text file with one prompt a line, or texts: a cat | a bear
     prompt_template: str = "a {}"  # built-in lists hold nouns; "an" before a vowel is put right
     good_prompt_template: str = ""  # a second template ...
@@ -306,8 +316,12 @@ def check_text(settings: Any) -> None:
 
 def check_template(key: str, template: str) -> None:
     """A template is empty, or has a place for the noun. Raises ConfigError."""
-    if template and "{}" not in template:
-        raise ConfigError(f"`{key}`: expected a template that contains {{}}, got {template!r}.")
+    try:
+        fine = not template or ("{}" in template and bool(template.format("cat")))
+    except (LookupError, ValueError):  # of another place, or of a single brace
+        fine = False
+    if not fine:
+        raise ConfigError(f"`{key}`: expected a template that contains {{}} and no other braces, got {template!r}.")
 
 
 def build(cls: type[T], config: Mapping[str, Any]) -> T:

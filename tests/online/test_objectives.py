@@ -25,7 +25,7 @@ from tiltopt.errors import ConfigError, RewardError, StoreError
 from tiltopt.online import loop
 from tiltopt.online.commands.import_table import import_measurements, read_measurements
 from tiltopt.online.commands.inspect import status, surrogate_text
-from tiltopt.online.engine.aim import aim, fit_several, model_of
+from tiltopt.online.engine.potential import aim, fit_several, model_of
 from tiltopt.online.optimizer import Optimizer
 from tiltopt.online.queries import Ask, Drawn, Objective, Observations, Plan
 from tiltopt.online.report.front import front_numbers, merits, on_front
@@ -264,7 +264,7 @@ def test_export_and_import_keep_every_objective(finished: Path, tmp_path: Path) 
     rows = written[["image", "prompt", "near", "far"]].assign(image=[str(finished / name) for name in written["image"]])
     rows.to_csv(tmp_path / "again.csv", index=False)
     with Optimizer.create(tmp_path / "run", TWO, engine=SeveralEngine(TWO)) as run:
-        found = read_measurements(tmp_path / "again.csv", ("near", "far"))
+        found = read_measurements(tmp_path / "again.csv", Settings(objectives="near, far"))
         assert import_measurements(run, found, "again.csv") == len(rows)
         assert run.queries()[["near", "far"]].equals(written[["near", "far"]])
         with pytest.raises(ConfigError, match="near"):

@@ -13,10 +13,10 @@ from PIL import Image
 
 from tests.fakes.counted import counted
 from tests.fakes.tiny import tiny_clip, tiny_pipeline
+from tiltopt.designs import to_designs, to_images
 from tiltopt.errors import SurrogateError
 from tiltopt.online.engine.diffusion import DiffusionEngine
 from tiltopt.online.engine.feature_pilot import FILE, FeaturePilot
-from tiltopt.online.engine.images import to_designs, to_images
 from tiltopt.online.engine.price import next_price
 from tiltopt.online.optimizer import Optimizer
 from tiltopt.online.queries import Ask, Drawn, Objective, Observations, Origin, Plan, Start

@@ -13,8 +13,8 @@ from PIL import Image
 
 import tiltopt
 from tests.fakes.tiny import tiny_clip, tiny_pipeline
+from tiltopt.designs import to_designs
 from tiltopt.errors import ConfigError, SurrogateError
-from tiltopt.online.engine.images import to_designs
 from tiltopt.online.optimizer import Optimizer
 
 

@@ -87,6 +87,13 @@ def test_what_is_not_known_now_stays_as_it_was_written(small: RunRecord) -> None
     assert summarise(load_run(small.folder)) == written
 
 
+def test_the_unit_is_known_as_soon_as_a_round_is_summarised(small: RunRecord) -> None:
+    """Before the run ends and writes it into its own summary."""
+    assert summarise(small)["unit"] == ""
+    (small.folder / "round_001" / "summary.json").write_text('{"round": 1, "unit": "kB"}')
+    assert summarise(load_run(small.folder))["unit"] == "kB"
+
+
 def test_reference_samples_of_the_store_describe_the_prior_and_are_no_round(small: RunRecord) -> None:
     """They stand in the store since version 0.2, and beside it before."""
     (small.folder / "reference" / "values.json").unlink()

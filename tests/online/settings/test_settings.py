@@ -7,6 +7,7 @@ import re
 import pytest
 
 from tiltopt.errors import ConfigError
+from tiltopt.online.direct.settings import DirectSettings
 from tiltopt.online.seeds import derive, generator, query_seed
 from tiltopt.online.settings.commandline import parse
 from tiltopt.online.settings.presets import PRESETS, preset
@@ -185,6 +186,20 @@ def test_seeds_are_named_and_do_not_collide() -> None:
     assert all(0 <= s < 2**63 for s in seeds)
     assert derive(0, "a", 1) != derive(0, "a1") != derive(0, "a/1", 1)
     assert generator(1, "x").initial_seed() == derive(1, "x")
+
+
+@pytest.mark.parametrize("source", ["ucb.py:demo", "das.py:demo"])
+def test_a_picture_may_be_wider_than_high(source: str) -> None:
+    def size(text: str) -> object:
+        config = parse(["--config", f"config/{source}", f"--config.prior.size={text}"])
+        settings = (Settings if source.startswith("ucb") else DirectSettings).from_config(config)
+        assert type(settings).from_config(settings.to_dict()) == settings
+        return settings.prior.arguments()["size"]
+
+    assert [size(text) for text in ("0", "512", "(512, 768)", "[512,768]")] == [None, 512, (512, 768), (512, 768)]
+    for wrong in ("(512,)", "(512, 0)", "(1, 2, 3)", "(5.5, 4)", "-1"):
+        with pytest.raises(ConfigError, match=r"`prior.size`: expected a number of pixels, \(height, width\)"):
+            size(wrong)
 
 
 def test_none_takes_a_presets_number_back() -> None:
