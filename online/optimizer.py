@@ -157,13 +157,10 @@ class Optimizer:
 
     def _take(self, prior: Any, engine: Engine | None, team: Team | None) -> None:
         """Go on with a prior in memory. Raises ConfigError where it is not the run's own."""
-        held, own = _engine_of(self.settings, prior, engine, team), self.settings.prior.fingerprint
-        if held.settings.prior.fingerprint != own:
-            had = f"was made with the prior of fingerprint {own}" if own else f"loads {self.settings.prior.path!r}"
-            raise ConfigError(
-                f"`prior`: {self.folder} {had}, got one of fingerprint {held.settings.prior.fingerprint}: other "
-                "weights, adapters or noise levels. Go on with the run's own, or start another run."
-            )
+        from tiltopt.online.engine.in_memory import check_same
+
+        held = _engine_of(self.settings, prior, engine, team)
+        check_same(self.settings.prior, held.settings.prior, self.folder)
         self._engine, self.team = held, held.team
 
     @staticmethod
