@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from tiltopt.designs import design_type
 from tiltopt.errors import ConfigError, RewardError, StoreError
 from tiltopt.online.hooks import Hook
 from tiltopt.online.runner import CallPolicy, Fault, Ledger, Runner, Stop
@@ -70,7 +71,7 @@ class Answering:
         policy: CallPolicy | None = None,
     ) -> None:
         self.store, self.folder, self.settings = store, folder, settings
-        self.objectives = objectives_of(settings)
+        self.objectives, self.kind = objectives_of(settings), design_type(settings.design)
         self.hooks = hooks if hooks is not None else Hook()
         policy = policy if policy is not None else CallPolicy.from_reward(settings.reward)
         self.runner = Runner(self._box(black_box), policy, self._ledger())
@@ -180,7 +181,7 @@ class Answering:
                 self.store.deliver(row.number, None, error=UNKNOWN, failure="fault")
                 continue
             try:
-                found.append((row.number, files.query_image(self.folder, row.number), row.prompt))
+                found.append((row.number, files.query_design(self.folder, row.number, self.kind), row.prompt))
             except StoreError as error:
                 self.store.fail(row.number, str(error), failure="fault")
         return found

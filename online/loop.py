@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from tiltopt.designs import design_type
 from tiltopt.errors import ConfigError, RewardError
 from tiltopt.online import rounds
 from tiltopt.online.answering import WAIT_S, Answering, trouble_of
@@ -170,7 +171,8 @@ def _ask_reference(optimizer: Optimizer, told: Hook) -> None:
     job = on_main(optimizer.team, lambda: rounds.prepare_reference(optimizer.store, optimizer.settings))
     if job is not None:
         drawn, _ = with_peers(optimizer.team, lambda: rounds.draw(engine, job, None, told.on_progress))
-        on_main(optimizer.team, lambda: rounds.commit(optimizer.store, engine, folder, job, drawn, None, started))
+        kind = design_type(optimizer.settings.design)
+        on_main(optimizer.team, lambda: rounds.commit(optimizer.store, engine, folder, kind, job, drawn, None, started))
 
 
 @dataclass(frozen=True)

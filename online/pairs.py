@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 from botorch.models.model import Model
-from PIL import Image
 
+from tiltopt.designs import DesignType
 from tiltopt.online.answering import UNKNOWN, Answering, noise, said
 from tiltopt.online.queries import Spent
 from tiltopt.online.rounds import newest_surrogate
@@ -205,14 +205,14 @@ def _shares(rows: Sequence[Any], numbers: Sequence[int]) -> Mapping[int, float]:
 # ---- having them compared
 
 
-class Pictures:
-    """Two images of a run, read when they are needed, so that memory does not grow with the number of pairs."""
+class Both:
+    """Two designs of a run, read when they are needed, so that memory does not grow with the number of pairs."""
 
-    def __init__(self, folder: Path, pair: Pair) -> None:
-        self.folder, self.pair = folder, pair
+    def __init__(self, folder: Path, pair: Pair, kind: DesignType) -> None:
+        self.folder, self.pair, self.kind = folder, pair, kind
 
-    def __iter__(self) -> Iterator[Image.Image]:
-        return (files.query_image(self.folder, number) for number in (self.pair.first, self.pair.second))
+    def __iter__(self) -> Iterator[Any]:
+        return (files.query_design(self.folder, number, self.kind) for number in (self.pair.first, self.pair.second))
 
 
 class PairLedger:
@@ -271,7 +271,7 @@ class Comparing(Answering):
             self.store.comparisons.deliver(row.id, "failed", error=UNKNOWN)
         left = self.plan.left()
         prompts = {number: self.store.get(number).prompt for number in {n for pair in left for n in pair.key}}
-        return [(p, Pictures(self.folder, p), (prompts[p.first], prompts[p.second])) for p in left]
+        return [(p, Both(self.folder, p, self.kind), (prompts[p.first], prompts[p.second])) for p in left]
 
     def _take(self, pair: Any, answer: Answer) -> None:
         """One verdict: above 0 the first is better, below 0 the second, 0 is a tie.

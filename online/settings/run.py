@@ -237,6 +237,7 @@ class Settings(Section):
     rounds: int = ranged(4, at_least(0))  # after round 0
     batch_size: int = ranged(16, between(1, MOST))  # queries per round
     initial_batch_size: int = ranged(64, between(2, MOST))  # queries of round 0, plain samples; a surrogate needs data
+    design: str = "image"  # what is drawn: image, tokens:20 or tokens:ACGT, or tensor; see tiltopt/designs.py
     prompts: str = "simple_animals"  # a built-in list, a text file with one prompt a line, or texts: a cat | a bear
     prompt_template: str = "a {}"  # built-in lists hold nouns; "an" before a vowel is put right
     good_prompt_template: str = ""  # a second template ...

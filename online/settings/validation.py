@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Literal
 
 from tiltopt import rewards, surrogates
+from tiltopt.designs import Pictures, design_type
 from tiltopt.errors import ConfigError
 from tiltopt.online.places import place_of
 from tiltopt.online.queries import maximised
 from tiltopt.online.settings.objectives import objectives_of
 from tiltopt.online.settings.prompts import load_prompts
-from tiltopt.online.settings.run import KEYS, PriorSettings, SamplerSettings, Settings
+from tiltopt.online.settings.run import KEYS, FeatureSettings, PriorSettings, SamplerSettings, Settings
 from tiltopt.online.settings.samplers import make_sampler, select_rule
 from tiltopt.options import check_name, unknown_key
 from tiltopt.surrogates.acquisition import ACQUISITIONS
@@ -31,6 +32,7 @@ def validated(settings: Settings) -> Settings:
         ConfigError: with the key, what was expected, what came.
     """
     load_prompts(settings.prompts)
+    _check_design(settings)
     check_sampler(settings.sampler, settings.prior)
     check_tracker(settings.tracker)
     _check_model(settings)
@@ -55,6 +57,17 @@ def reference_samples(settings: Settings) -> int:
     if not settings.reward.name or settings.pairwise or settings.objectives:
         return 0
     return settings.free_reference_samples if rewards.is_free(settings.reward.name, settings.reward.options) else 0
+
+
+def _check_design(settings: Settings) -> None:
+    """The type of the designs, and that a run of others than pictures asks for no features. Raises ConfigError."""
+    if isinstance(design_type(settings.design), Pictures):
+        return
+    if settings.features != FeatureSettings():
+        raise ConfigError(
+            f"`features`: they are of pictures; of designs of the type {settings.design!r} a surrogate sees the design "
+            "itself. Leave `features` as it is."
+        )
 
 
 def check_sampler(sampler: SamplerSettings, prior: PriorSettings) -> None:

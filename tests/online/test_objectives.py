@@ -264,7 +264,7 @@ def test_export_and_import_keep_every_objective(finished: Path, tmp_path: Path) 
     rows = written[["image", "prompt", "near", "far"]].assign(image=[str(finished / name) for name in written["image"]])
     rows.to_csv(tmp_path / "again.csv", index=False)
     with Optimizer.create(tmp_path / "run", TWO, engine=SeveralEngine(TWO)) as run:
-        found = read_measurements(tmp_path / "again.csv", ("near", "far"))
+        found = read_measurements(tmp_path / "again.csv", Settings(objectives="near, far"))
         assert import_measurements(run, found, "again.csv") == len(rows)
         assert run.queries()[["near", "far"]].equals(written[["near", "far"]])
         with pytest.raises(ConfigError, match="near"):
@@ -314,6 +314,22 @@ def test_the_front_leaves_out_what_breaks_a_condition() -> None:
     assert merits(table, objectives, table["round"] == 0).round(6).tolist()[:3] == pytest.approx(
         [0.0, float("nan"), 0.0], nan_ok=True
     )
+
+
+def test_a_price_means_the_same_in_every_round() -> None:
+    """What makes objectives comparable are the first answers: later ones, however far they lie, change no unit."""
+    x = plain(0, 20)
+    far = torch.cat([answers(x), torch.tensor([[3.0, -9.0], [-9.0, 3.0]], dtype=torch.float64)])
+    features = torch.cat([torch.cat([x, x**2], 1), torch.zeros(2, 8, dtype=torch.float64)])
+    known = Observations(features[:20], answers(x), None, features[:0], objectives=(Objective("a"), Objective("b")),
+                         reference=torch.tensor(REFERENCE, dtype=torch.float64), first=answers(x))  # fmt: skip
+    model = fit_several("linear", known, generator(0, "fit"))
+    later = replace(known, X=features, Y=far)
+    values = [
+        aim("chebyshev", model, data, beta=0.5, generator=generator(0, "w")).acquisition(features[:20].unsqueeze(-2))
+        for data in (known, later)
+    ]
+    assert torch.equal(*values)
 
 
 # ---- finding a known front
