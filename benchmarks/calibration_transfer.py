@@ -5,7 +5,7 @@
 
 256 plain chains of the embedded prior, 16 on each of 16 prompts, 20 steps. Potentials are acquisitions of linear
 surrogates, fitted to the answers of growing parts of the chains' ends, over a price alpha that makes log G spread 3 or
-30 nats among the designs of one prompt. A kappa is judged by the criterion that it minimises, in nats per look,
+30 nats among the designs of one prompt. A kappa is held to the criterion that it minimises, in nats per look,
 
     L(kappa) = mean over looks k and prompts of { log mean_j exp v_kj - sum_j w_j v_kj },
 
@@ -118,7 +118,7 @@ def cases(chains: Chains, seed: int = 0) -> list[Case]:
     return found
 
 
-def judge(u: Tensor, u_final: Tensor, c: Tensor, prompt: Tensor) -> Tensor:
+def losses(u: Tensor, u_final: Tensor, c: Tensor, prompt: Tensor) -> Tensor:
     """L of every kappa, each prompt by itself, (prompts, kappas); s is the one that all of them teach together."""
     scale = usable_scale(within_prompts(u_final, prompt.tolist()))
     rows = [criterion(u[:, prompt == p], u_final[prompt == p], c, scale=scale) for p in prompt.unique()]
@@ -139,7 +139,7 @@ def regret(curve: Tensor, at: int) -> float:
 
 
 class Study:
-    """Everything that the table needs; halves of each prompt's chains teach and judge in turn."""
+    """Everything that the table needs; halves of each prompt's chains teach and test in turn."""
 
     def __init__(self, chains: Chains) -> None:
         self.cases, self.prompt = cases(chains), chains.prompt
@@ -147,7 +147,7 @@ class Study:
         place = torch.arange(len(self.prompt)) % PER_PROMPT
         self.halves = [place % 2 == 0, place % 2 == 1]
         self.curves = [
-            [judge(case.u[:, half], case.u_final[half], self.c, self.prompt[half]) for half in self.halves]
+            [losses(case.u[:, half], case.u_final[half], self.c, self.prompt[half]) for half in self.halves]
             for case in self.cases
         ]
 
@@ -155,7 +155,7 @@ class Study:
         """(number, case, half that teaches)."""
         return [(i, case, half) for i, case in enumerate(self.cases) for half in (0, 1)]
 
-    def judged(self, number: int, teaching: int) -> Tensor:
+    def losses_of(self, number: int, teaching: int) -> Tensor:
         """The curve (kappas,) of the half that did not teach, mean over prompts."""
         return self.curves[number][1 - teaching].mean(0)
 
@@ -168,7 +168,7 @@ class Study:
                 mine = self.halves[half].nonzero().squeeze(-1).view(PROMPTS, -1)
                 for start in range(0, mine.shape[1], count):
                     rows = mine[:, start : start + count].flatten()
-                    curve = self.judged(number, half)
+                    curve = self.losses_of(number, half)
                     regrets["means kept"].append(regret(curve, fit(case, self.c, rows, None)))
                     names = self.prompt[rows].tolist()
                     regrets["means out"].append(regret(curve, fit(case, self.c, rows, names)))
@@ -176,7 +176,7 @@ class Study:
         return table
 
     def few_prompts(self) -> dict[str, float]:
-        """Regret by the number of prompts that teach, 8 chains each; judged on all prompts."""
+        """Regret by the number of prompts that teach, 8 chains each; measured on all prompts."""
         table = {}
         for count in (1, 2, 4, 8, 16):
             regrets = []
@@ -185,7 +185,7 @@ class Study:
                 for start in range(0, PROMPTS, count):
                     rows = mine[start : start + count].flatten()
                     at = fit(case, self.c, rows, self.prompt[rows].tolist())
-                    regrets.append(regret(self.judged(number, half), at))
+                    regrets.append(regret(self.losses_of(number, half), at))
             table[str(count)] = statistics.fmean(regrets)
         return table
 
@@ -212,7 +212,7 @@ class Study:
         regrets: dict[str, list[float]] = {"itself": []}
         names = ("another reward", "another round", "another acquisition", "another spread")
         for number, case, half in self.turns():
-            curve = self.judged(number, half)
+            curve = self.losses_of(number, half)
             regrets["itself"].append(regret(curve, best[case.key, half]))
             for other in self.cases:
                 differ = [name for name, a, b in zip(names, case.key, other.key, strict=True) if a != b]

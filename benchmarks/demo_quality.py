@@ -1,7 +1,7 @@
 """Does the demo do what it claims? Three seeds, each judged by the numbers that its run writes.
 
     python benchmarks/demo_quality.py                          # under two minutes a seed on two CPU cores
-    python benchmarks/demo_quality.py --runs checkpoints/a checkpoints/b   # judge finished runs
+    python benchmarks/demo_quality.py --runs checkpoints/a checkpoints/b   # of finished runs
 
 For every seed: the mean answer of the last round must lie above the 95th percentile of plain samples of the prior on
 the same prompts, and above what best-of-N reaches with as many queries; the independent judge must recognise 0.8 times
@@ -25,7 +25,7 @@ from tiltopt.online.report.text import table
 RESULT = Path(__file__).parent / "results" / "demo_quality.json"
 
 
-def judge(summary: Mapping[str, Any]) -> dict[str, Any]:
+def figures(summary: Mapping[str, Any]) -> dict[str, Any]:
     """The figures of one run, and whether each claim holds."""
     last, prior = summary["rounds"][-1], summary["prior"]
     return {
@@ -49,7 +49,7 @@ def judge(summary: Mapping[str, Any]) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--runs", type=Path, nargs="*", help="judge these finished runs instead")
+    parser.add_argument("--runs", type=Path, nargs="*", help="these finished runs instead")
     parser.add_argument("--config", default="config/ucb.py:demo")
     parser.add_argument("--folder", type=Path, default=Path("checkpoints/demo_quality"))
     parser.add_argument("--out", type=Path, default=RESULT)
@@ -62,7 +62,7 @@ def main() -> int:
             if tiltopt(["run", *arguments]) != 0:
                 return 1
         folders.append(folder)
-    rows = [judge(json.loads((folder / "summary.json").read_text(encoding="utf-8"))) for folder in folders]
+    rows = [figures(json.loads((folder / "summary.json").read_text(encoding="utf-8"))) for folder in folders]
     held = all(row["beats_p95"] and row["beats_best_of_n"] and row["keeps_fidelity"] for row in rows)
     cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
     print(table(list(rows[0]), cells))

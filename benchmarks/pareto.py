@@ -29,7 +29,7 @@ from torch import Tensor
 
 from benchmarks.query_efficiency.measure import weights_id
 from benchmarks.query_efficiency.plain import CachedPlain
-from tiltopt.online.engine.aim import aim, fit_several
+from tiltopt.online.engine.potential import aim, fit_several
 from tiltopt.online.loop import run
 from tiltopt.online.optimizer import Optimizer
 from tiltopt.online.queries import Objective, Observations

@@ -2,8 +2,8 @@
 
 import torch
 
+from tiltopt.designs import to_images
 from tiltopt.online.direct.run import BlackBoxPotential
-from tiltopt.online.engine.images import to_images
 from tiltopt.rewards import make_reward
 from tiltopt.samplers.demon import Demon
 from tiltopt.samplers.diffusers_prior import load_prior

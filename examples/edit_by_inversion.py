@@ -2,7 +2,7 @@
 
 import torch
 
-from tiltopt.online.engine.images import to_images
+from tiltopt.designs import to_images
 from tiltopt.samplers import ode
 from tiltopt.samplers.diffusers_prior import load_prior
 

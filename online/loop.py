@@ -14,12 +14,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from tiltopt.designs import design_type
 from tiltopt.errors import ConfigError, RewardError
 from tiltopt.online import rounds
 from tiltopt.online.answering import WAIT_S, Answering, trouble_of
 from tiltopt.online.hooks import Hook
 from tiltopt.online.optimizer import Optimizer
-from tiltopt.online.pairs import Judging
+from tiltopt.online.pairs import Comparing
 from tiltopt.online.queries import EXTRA_KINDS
 from tiltopt.online.report.record import ended, without_summary, write_reference_summary, write_round_summary
 from tiltopt.online.runner import CallPolicy, Stop
@@ -138,7 +139,7 @@ def work(optimizer: Optimizer, black_box: BlackBox, *, hooks: Hook | None = None
     """
     settings, store = optimizer.settings, optimizer.store
     if not is_shared(optimizer.folder) or settings.pairwise:
-        what = "hands out pairs, which one process judges" if settings.pairwise else "has a store of its own"
+        what = "hands out pairs, which one process has compared" if settings.pairwise else "has a store of its own"
         raise ConfigError(
             f"{optimizer.folder} {what}; workers help where values are asked and the queries are in a shared database "
             "(store_url, docs/loop.md). Carry this one on with `tiltopt resume`."
@@ -170,7 +171,8 @@ def _ask_reference(optimizer: Optimizer, told: Hook) -> None:
     job = on_main(optimizer.team, lambda: rounds.prepare_reference(optimizer.store, optimizer.settings))
     if job is not None:
         drawn, _ = with_peers(optimizer.team, lambda: rounds.draw(engine, job, None, told.on_progress))
-        on_main(optimizer.team, lambda: rounds.commit(optimizer.store, engine, folder, job, drawn, None, started))
+        kind = design_type(optimizer.settings.design)
+        on_main(optimizer.team, lambda: rounds.commit(optimizer.store, engine, folder, kind, job, drawn, None, started))
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ class _Work:
         self.optimizer = optimizer
         self.hooks = hooks
         self.measure = measure
-        kind = Judging if optimizer.settings.pairwise else Answering
+        kind = Comparing if optimizer.settings.pairwise else Answering
         self.answering = kind(optimizer.store, optimizer.folder, optimizer.settings, black_box, hooks, policy)
 
     def next_step(self) -> _Step:

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 from botorch.models.model import Model
-from PIL import Image
 
+from tiltopt.designs import DesignType
 from tiltopt.online.answering import UNKNOWN, Answering, noise, said
 from tiltopt.online.queries import Spent
 from tiltopt.online.rounds import newest_surrogate
@@ -202,21 +202,21 @@ def _shares(rows: Sequence[Any], numbers: Sequence[int]) -> Mapping[int, float]:
     return {number: (won[number] + 0.5) / (met[number] + 1) for number in numbers}
 
 
-# ---- having them judged
+# ---- having them compared
 
 
-class Pictures:
-    """Two images of a run, read when they are needed, so that memory does not grow with the number of pairs."""
+class Both:
+    """Two designs of a run, read when they are needed, so that memory does not grow with the number of pairs."""
 
-    def __init__(self, folder: Path, pair: Pair) -> None:
-        self.folder, self.pair = folder, pair
+    def __init__(self, folder: Path, pair: Pair, kind: DesignType) -> None:
+        self.folder, self.pair, self.kind = folder, pair, kind
 
-    def __iter__(self) -> Iterator[Image.Image]:
-        return (files.query_image(self.folder, number) for number in (self.pair.first, self.pair.second))
+    def __iter__(self) -> Iterator[Any]:
+        return (files.query_design(self.folder, number, self.kind) for number in (self.pair.first, self.pair.second))
 
 
 class PairLedger:
-    """The book of a run for pairs: a comparison is entered before its judge is called, and found again by its pair."""
+    """The book of a run for pairs: a comparison is entered before it is asked for, and found by its pair."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -242,8 +242,8 @@ class PairLedger:
         return self._ids[pair]
 
 
-class Judging(Answering):
-    """`Answering` for a run of comparisons: the pairs of its plan are judged."""
+class Comparing(Answering):
+    """`Answering` for a run of comparisons: the pairs of its plan are compared."""
 
     plan: Pairs
     ledger: PairLedger
@@ -271,7 +271,7 @@ class Judging(Answering):
             self.store.comparisons.deliver(row.id, "failed", error=UNKNOWN)
         left = self.plan.left()
         prompts = {number: self.store.get(number).prompt for number in {n for pair in left for n in pair.key}}
-        return [(p, Pictures(self.folder, p), (prompts[p.first], prompts[p.second])) for p in left]
+        return [(p, Both(self.folder, p, self.kind), (prompts[p.first], prompts[p.second])) for p in left]
 
     def _take(self, pair: Any, answer: Answer) -> None:
         """One verdict: above 0 the first is better, below 0 the second, 0 is a tie.

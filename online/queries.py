@@ -120,8 +120,8 @@ class Drawn:
     """What was drawn for one `Ask`.
 
     Args:
-        image: the 8-bit image that the black box sees.
-        features: (d,) float32 on the CPU, the feature map of exactly that image.
+        image: the 8-bit image that the black box sees; the picture of a design that is none.
+        features: (d,) float32 on the CPU, the feature map of exactly that design.
         predicted: posterior mean of the reward at `features`, reward units; None for plain samples.
         predicted_sd: posterior standard deviation, reward units; None for plain samples.
         acquired: acquisition value at `features`, reward units; None for plain samples and for acquisitions that are
@@ -132,6 +132,7 @@ class Drawn:
         nats: what leading the query away from the prior cost; None for plain samples, and where it is not counted.
         latents: (*event) float16 on the CPU, the clean latents of the design; None where the engine keeps none.
         origin: where it started from.
+        design: what the black box sees, where that is no image.
     """
 
     image: Image.Image
@@ -145,6 +146,7 @@ class Drawn:
     nats: float | None = None
     latents: Tensor | None = None
     origin: Origin = FROM_NOISE
+    design: Any = None
 
 
 @dataclass(frozen=True)
@@ -275,12 +277,13 @@ class Query(Shown):
         id: its number in the run, from 1.
         prompt: the text it was drawn for.
         seed: of its noise; the same seed and settings give the same image.
-        image: what to measure.
+        image: its picture, which in a run of images is the design itself.
         predicted: the surrogate's mean, reward units; None for plain samples.
         predicted_sd: the surrogate's standard deviation, reward units; None for plain samples.
         round: the `ask` it came from, from 0.
         operator, parents, k0: where it started from, see `Origin`.
         value: its answer, where it has one and it was asked for (`Optimizer.best`).
+        design: what to measure: the image, or in runs of other designs an array (`tiltopt.designs`).
     """
 
     id: int
@@ -294,6 +297,11 @@ class Query(Shown):
     parents: tuple[int, ...] = ()
     k0: int | None = None
     value: float | None = None
+    design: Any = None
+
+    def __post_init__(self) -> None:
+        if self.design is None:
+            object.__setattr__(self, "design", self.image)
 
     def about(self) -> dict[str, object]:
         sd = "" if self.predicted_sd is None else f" ± {self.predicted_sd:.3g}"

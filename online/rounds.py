@@ -16,6 +16,7 @@ import torch
 from botorch.models.model import Model
 from torch import Tensor
 
+from tiltopt.designs import DesignType, design_type
 from tiltopt.errors import NotEnoughDataError, StoreError, SurrogateError
 from tiltopt.online.engine.base import Engine
 from tiltopt.online.engine.price import next_price
@@ -209,19 +210,20 @@ def prepare_refined(
     They follow the surrogate of every answer where one can be fitted, else the prior.
 
     Raises:
-        StoreError: unknown query, one that is failed or abandoned, or neither its latents nor its image are left.
+        StoreError: unknown query, one that is failed or abandoned, or neither its latents nor its design are left.
         PriorError: the chain has no step at which it could be entered.
     """
     row = store.get(number)
     if row.state not in ("asked", "answered"):
         raise StoreError(f"query {number} is {row.state}; expected one that is asked or answered. Nothing was asked.")
     k0 = engine.level_of(strength)
-    latents, _ = latents_of(store, engine, folder, [number])
+    kind = design_type(settings.design)
+    latents, _ = latents_of(store, engine, folder, kind, [number])
     if number not in latents:
+        places = files.round_folder(folder, row.round) / FILE, files.design_path(folder, number, kind)
         raise StoreError(
-            f"query {number} cannot be started from: neither {files.round_folder(folder, row.round) / FILE} nor "
-            f"{files.image_path(folder, number)} can be read. Put one of them back, or choose another query. Nothing "
-            "was asked."
+            f"query {number} cannot be started from: neither {places[0]} nor {places[1]} can be read. Put one of them "
+            "back, or choose another query. Nothing was asked."
         )
     round_, first = store.next()
     start = Start("restart", (number,), (1.0,), latents[number].unsqueeze(0), k0)
@@ -330,16 +332,25 @@ def draw(engine: Engine, job: Job, model: Model | None, on_progress: OnProgress)
 
 
 def commit(
-    store: Store, engine: Engine, folder: Path, job: Job, drawn: Sequence[Drawn], model: Model | None, started: float
+    store: Store,
+    engine: Engine,
+    folder: Path,
+    kind: DesignType,
+    job: Job,
+    drawn: Sequence[Drawn],
+    model: Model | None,
+    started: float,
 ) -> None:
-    """Surrogate, images and latents first, each whole on the disk; then every row in one transaction.
+    """Surrogate, designs and latents first, each whole on the disk; then every row in one transaction.
 
     Args:
+        kind: what the designs are.
         started: `time.monotonic()` when the round was begun.
     """
     if model is not None and job.record.fingerprint is not None:  # one that was fitted for this round
         save_surrogate(folder, job.record, model, engine.feature_id)
-    files.write_images({files.image_path(folder, a.number): d.image for a, d in zip(job.asks, drawn, strict=True)})
+    designs = {a.number: d.image if d.design is None else d.design for a, d in zip(job.asks, drawn, strict=True)}
+    files.write_queries(folder, designs, kind)
     latents = {a.number: d.latents for a, d in zip(job.asks, drawn, strict=True) if d.latents is not None}
     if latents and job.record.kind != "reference":
         write_latents(folder, job.record.round, latents)

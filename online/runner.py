@@ -26,18 +26,18 @@ from tiltopt.online.hooks import OnStep
 from tiltopt.online.queries import Spent
 from tiltopt.online.signals import patient
 from tiltopt.rewards.base import Answer, BlackBox, Retry
-from tiltopt.rewards.replies import read_reply
+from tiltopt.rewards.replies import ReplyError, read_reply
 
 log = logging.getLogger(__name__)
 
 Item = tuple[Hashable, Any, Any]
 """(id, image, prompt); what the two last are is between the caller and the black box."""
 
-Budget = Literal["max_queries", "max_calls", "max_seconds"]
+Limit = Literal["max_queries", "max_calls", "max_seconds"]
 
 PROGRAMMING_ERRORS = (
     TypeError, NameError, AttributeError, ImportError, SyntaxError, AssertionError, LookupError, ZeroDivisionError,
-    NotImplementedError, RecursionError,
+    NotImplementedError, RecursionError, ReplyError,
 )  # fmt: skip
 """Errors of the function that was called, not of the world around it: the same call would raise them again."""
 
@@ -97,7 +97,7 @@ class CallPolicy:
         """The policy that a configuration's section `reward` asks for."""
         return cls(**{field.name: getattr(reward, field.name) for field in dataclasses.fields(cls)})
 
-    def used_up(self, spent: Spent, promised: int = 0) -> Budget | None:
+    def used_up(self, spent: Spent, promised: int = 0) -> Limit | None:
         """The budget that is used up, or None while something may still be asked.
 
         Args:
@@ -176,7 +176,7 @@ class Stop:
         message: for people.
     """
 
-    reason: Budget | Literal["stop_after"]
+    reason: Limit | Literal["stop_after"]
     remaining: tuple[Hashable, ...]
     message: str
 
@@ -224,7 +224,7 @@ class Runner:
         self.dead_calls = 0  # in a row, over all calls of `run`
         self.first_trouble = ""  # of that row
 
-    def used_up(self, promised: int = 0) -> Budget | None:
+    def used_up(self, promised: int = 0) -> Limit | None:
         """See `CallPolicy.used_up`; by this object's clock."""
         spent = replace(self.ledger.spent(), seconds=self.clock() - self.started)
         return self.policy.used_up(spent, promised)
@@ -251,7 +251,8 @@ class Runner:
 
         Raises:
             RewardError: the black box said that it cannot be used at all. StoreError: from the ledger or `on_answer`.
-                Everything else that was asked is delivered before; items without an answer can be asked again.
+                Everything else that was asked is delivered before; items without an answer can be asked again. So it
+                is with whatever else `on_answer` and `on_progress` raise.
             KeyboardInterrupt: after a signal, when what was in flight has been delivered.
         """
         calls = _Calls(self, items, on_answer, on_progress)
@@ -315,8 +316,8 @@ class _Calls:
     arrivals: deque[tuple[int, Any]] = field(default_factory=deque)
     bell: threading.Event = field(default_factory=threading.Event)
     resolved: set[int] = field(default_factory=set)
-    problems: list[TiltoptError] = field(default_factory=list)
-    stopped: Budget | Literal["stop_after"] | None = None
+    problems: list[Exception] = field(default_factory=list)
+    stopped: Limit | Literal["stop_after"] | None = None
     death: str = ""
     interrupted: bool = False
     give_up_at: float = float("inf")
@@ -357,7 +358,8 @@ class _Calls:
         if self.problems:
             more = f" (and {len(self.problems) - 1} more like it)" if len(self.problems) > 1 else ""
             first = self.problems[0]
-            first.args = (f"{first}{more}",)  # of any class, whatever else it takes
+            if isinstance(first, TiltoptError):
+                first.args = (f"{first}{more}",)  # of any class, whatever else it takes
             raise first
         remaining = tuple(item[0] for i, item in enumerate(self.items) if i not in self.resolved)
         if self.stopped == "stop_after":
@@ -522,7 +524,7 @@ class _Calls:
     def failed(self, job: _Job, error: BaseException) -> None:
         """A call raised: an error of ours ends the asking, a `Retry` holds everybody, a programming error fails the
         query, anything else is tried again."""
-        if isinstance(error, TiltoptError):
+        if isinstance(error, TiltoptError) and not isinstance(error, ReplyError):
             self.problems.append(error)
             self.back(job)
             return
@@ -593,7 +595,9 @@ class _Calls:
         id_ = self.items[position][0]
         try:
             self.on_answer(id_, answer)
-        except TiltoptError as error:
+            if self.on_progress is not None:
+                self.on_progress(len(self.resolved), len(self.items))
+        except Exception as error:  # of a listener, too: what others have been asked is awaited all the same
             self.problems.append(error)
         except KeyboardInterrupt:
             with contextlib.suppress(TiltoptError):
@@ -601,8 +605,6 @@ class _Calls:
             if self.interrupted:
                 raise
             self.interrupted = True
-        if self.on_progress is not None:
-            self.on_progress(len(self.resolved), len(self.items))
 
 
 class Window:

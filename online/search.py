@@ -17,6 +17,7 @@ import torch
 from botorch.models.model import Model
 from torch import Generator, Tensor
 
+from tiltopt.designs import DesignType, design_type
 from tiltopt.errors import PriorError, StoreError
 from tiltopt.online.engine.base import Engine
 from tiltopt.online.queries import Ask, Start
@@ -56,7 +57,8 @@ def start_queries(
     Args:
         seen: what the answers so far say of the features.
     """
-    blind = settings.search.fallback and seen is not None and seen.blind
+    enterable = settings.prior.num_steps > 1  # half-way, as designs of earlier ones are started from
+    blind = settings.search.fallback and enterable and seen is not None and seen.blind
     operators = settings.search.operators.split("+")
     if operators == ["global"] and not blind:
         return tuple(asks), []
@@ -77,7 +79,7 @@ def start_queries(
             start = Start("pool", (), (), torch.empty(0), 0, pool)
         drafts.append((ask, start))
     wanted = sorted({number for _, start in drafts if start for number in start.parents})
-    latents, notes = latents_of(store, engine, folder, wanted)
+    latents, notes = latents_of(store, engine, folder, design_type(settings.design), wanted)
     if blind:
         notes = [f"{seen}: {BLIND}", *notes]
     return tuple(replace(ask, start=_with_latents(start, latents)) for ask, start in drafts), notes
@@ -97,9 +99,9 @@ def _with_latents(start: Start | None, latents: Mapping[int, Tensor]) -> Start |
 
 
 def latents_of(
-    store: Store, engine: Engine, folder: Path, numbers: Sequence[int]
+    store: Store, engine: Engine, folder: Path, kind: DesignType, numbers: Sequence[int]
 ) -> tuple[dict[int, Tensor], list[str]]:
-    """Clean latents (*event) float32 of queries: those that were kept, else their images encoded again.
+    """Clean latents (*event) float32 of queries: those that were kept, else their designs encoded again.
 
     Returns:
         The latents of those that have any, and a note that names the others.
@@ -114,13 +116,13 @@ def latents_of(
     for number in numbers:
         if number not in found:
             try:
-                found[number] = engine.latents([files.query_image(folder, number)])[0]
+                found[number] = engine.latents([files.query_design(folder, number, kind)])[0]
             except (StoreError, PriorError):
                 gone.append(number)
     if not gone:
         return found, []
     named = ", ".join(map(str, gone[:8])) + (", ..." if len(gone) > 8 else "")
-    return found, [f"neither latents nor images are left of {len(gone)} queries ({named}); nothing started from them."]
+    return found, [f"neither latents nor designs are left of {len(gone)} queries ({named}); nothing started from them."]
 
 
 # ---- which operator

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tiltopt.errors import RewardError
 from tiltopt.rewards.base import Answer, BlackBox, Options, RewardOptionError, Score, require
-from tiltopt.rewards.replies import read_reply
+from tiltopt.rewards.replies import ReplyError, read_reply
 
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 TEXT = re.compile(rf"(?:({NUMBER})(?:\s*\*\s*|\s+))?([^\s*<>]+)(?:\s*>=?\s*({NUMBER}))?")
@@ -197,7 +197,7 @@ class Composition:
             some = images[start : start + size]
             answers, problems = read_reply(box.name, box(some, prompts[start : start + size]), len(some))
             if problems:
-                raise RewardError(problems[0])
+                raise ReplyError(problems[0])
             out += [answer for answer in answers if answer is not None]
         return out
 

@@ -7,10 +7,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from PIL import Image
 
-from tiltopt.errors import RewardError
 from tiltopt.rewards.base import Answer, BlackBox, RewardOptionError
 from tiltopt.rewards.composition import Composition
-from tiltopt.rewards.replies import read_reply
+from tiltopt.rewards.replies import ReplyError, read_reply
 
 
 @runtime_checkable
@@ -68,7 +67,7 @@ class PairBox:
         if verdict.failed:
             return verdict
         if not 0.0 <= verdict.value <= 1.0:
-            raise RewardError(
+            raise ReplyError(
                 f"reward `{self.name}`: expected a verdict from 0 (second) to 1 (first), got {verdict.value}."
             )
         return Answer(2 * verdict.value - 1, raw=verdict.raw)
@@ -89,5 +88,5 @@ class PairBox:
     def _read(self, reply: Any, count: int) -> list[Answer]:
         answers, problems = read_reply(self.name, reply, count)
         if problems:
-            raise RewardError(problems[0])
+            raise ReplyError(problems[0])
         return [answer for answer in answers if answer is not None]

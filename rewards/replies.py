@@ -9,11 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from tiltopt.errors import RewardError
 from tiltopt.rewards.base import Answer, BlackBox, FunctionReward
 
 log = logging.getLogger(__name__)
 
 SHAPE = "return a list with one float (or Answer) per image, in order, float('nan') for a failed evaluation."
+
+
+class ReplyError(RewardError):
+    """A black box within another one gave a reply that cannot be read: no answer, as if the outer one had given it."""
 
 
 def read_reply(name: str, reply: Any, count: int) -> tuple[list[Answer | None], list[str]]:

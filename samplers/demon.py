@@ -315,7 +315,7 @@ class Demon:
         x = walk.initial(num_particles, generators)
         mean = torch.full((len(cond),), math.nan, dtype=torch.float64)
         for k in range(walk.num_steps):
-            _tell(callback, k, mean, num_particles)
+            _report(callback, k, mean, num_particles)
             first = _map(chains, lambda c, y, k=k: walk.first(k, y, c), x)
             _check_prior(first, k, walk.num_steps, cond, num_particles)
             z = None
@@ -330,7 +330,7 @@ class Demon:
                     z = z[:, 0]
             move = lambda c, y, f, *noise, k=k: walk.move(k, y, f, noise[0] if noise else None, c)  # noqa: E731
             x = _map(chains, move, x, first, *(() if z is None else (z,)))
-        _tell(callback, walk.num_steps, mean, num_particles)
+        _report(callback, walk.num_steps, mean, num_particles)
         x0 = _map(chains, lambda c, y: walk.finish(y, c), x)
         designs = _map(chains, lambda c, y: prior.decode(y), x0)
         log_g = _map(chains, lambda c, d: self._rewards(potential, d, c, walk.num_steps), designs).double().cpu()
@@ -404,7 +404,7 @@ def _check_prior(first: Tensor, k: int, num_steps: int, cond: Conditioning, num_
         )
 
 
-def _tell(callback: Callable[[StepInfo], None] | None, k: int, mean: Tensor, num_particles: int) -> None:
+def _report(callback: Callable[[StepInfo], None] | None, k: int, mean: Tensor, num_particles: int) -> None:
     """What a person may want to know of step k; there are no weights, so ESS is P and log Z unknown."""
     if callback is None:
         return

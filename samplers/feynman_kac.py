@@ -29,7 +29,7 @@ from tiltopt.samplers.micro_batch import MicroBatch, MicroBatches, Rows
 from tiltopt.samplers.prior import Prior
 from tiltopt.samplers.resampling import add_log_increment
 from tiltopt.samplers.smc import OnNaN, Step
-from tiltopt.samplers.tempering import Adaptive, Schedule
+from tiltopt.samplers.tempering import Adaptive, Factors
 from tiltopt.types import Conditioning, Potential
 
 Gradient = Literal["full", "x0", "none"]
@@ -117,7 +117,7 @@ class Twisted:
         potential: Potential | None,
         cond: Conditioning,
         num_particles: int,
-        schedule: Schedule | Adaptive,
+        schedule: Factors | Adaptive,
         options: TwistOptions,
         micro_batch: MicroBatch = None,
         observe: Callable[[int, Tensor, Tensor], None] | None = None,
@@ -318,7 +318,7 @@ class Twisted:
         )
 
 
-def plan_looks(schedule: Schedule | Adaptive, options: TwistOptions, stds: Sequence[float]) -> list[tuple[bool, bool]]:
+def plan_looks(schedule: Factors | Adaptive, options: TwistOptions, stds: Sequence[float]) -> list[tuple[bool, bool]]:
     """Whether the look at each step k < K needs the potential, and its gradient.
 
     Args:

@@ -11,6 +11,7 @@ that of Strudel et al., "Self-conditioned embedding diffusion" (arXiv 2211.04236
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 
@@ -55,6 +56,7 @@ class MarkovPrior:
         noise = [*torch.sigmoid(odds).tolist(), 0.0]
         self.chain = GaussianChain(tuple((1 - q) ** 0.5 for q in noise), tuple(q**0.5 for q in noise), eta)
         self.num_steps = num_steps
+        self.device = torch.device("cpu")
 
     @classmethod
     def learn(
@@ -99,8 +101,20 @@ class MarkovPrior:
         return Reverse(self.chain.mean(k, x0, (x - a * x0) / b), x0)
 
     def decode(self, x0: Tensor) -> Tensor:
-        """Events are designs; `tokens` reads them."""
+        """Events are designs; `tokens_of` reads them, as a run does whose setting `design` is tokens:S."""
         return x0
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the model and its chain; a run goes on with no other."""
+        tables = torch.cat([self.log_initial[None], self.log_transition]).contiguous()
+        said = f"{tuple(self.event_shape)} {self.chain!r} ".encode()
+        return hashlib.sha256(said + tables.numpy().tobytes()).hexdigest()[:16]
+
+    def describe(self) -> dict[str, object]:
+        """What it is, for a run's record."""
+        length, size = self.event_shape
+        return {"model": type(self).__name__, "length": length, "tokens": size, "num_steps": self.num_steps}
 
     # ---- the hidden Markov model
 

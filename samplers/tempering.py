@@ -20,7 +20,7 @@ from torch import Tensor
 from tiltopt.errors import ConfigError
 from tiltopt.samplers.resampling import scale_for_ess
 
-Schedule = Sequence[float]
+Factors = Sequence[float]
 ScheduleFn = Callable[[int, int], float]
 Tempering = Literal["calibrated", "exp", "polynomial", "adaptive", "none"]
 

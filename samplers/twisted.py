@@ -35,7 +35,7 @@ from tiltopt.samplers.smc import (
 from tiltopt.samplers.tempering import (
     Adaptive,
     Calibration,
-    Schedule,
+    Factors,
     ScheduleFn,
     Tempering,
     exponential,
@@ -75,7 +75,7 @@ class TwistedSampler(ABC):
         check_settings(self)
 
     @abstractmethod
-    def schedule(self, num_steps: int) -> Schedule | Adaptive:
+    def schedule(self, num_steps: int) -> Factors | Adaptive:
         """lambda_0 .. lambda_K."""
 
     @abstractmethod
@@ -109,7 +109,7 @@ class TwistedSampler(ABC):
             looks_backward=guided,
         )
 
-    def _planned(self, num_steps: int) -> Schedule | Adaptive:
+    def _planned(self, num_steps: int) -> Factors | Adaptive:
         """The schedule as far as it says which steps are looked at."""
         return self.schedule(num_steps)
 
@@ -224,7 +224,7 @@ class Tempered(TwistedSampler):
         """What `calibrate` costs for one potential."""
         return Work(looks=len(kept_steps(prior.num_steps)) * self.pilot_chains) * (self.tempering == "calibrated")
 
-    def _planned(self, num_steps: int) -> Schedule | Adaptive:
+    def _planned(self, num_steps: int) -> Factors | Adaptive:
         return [1.0] * (num_steps + 1) if self.tempering == "calibrated" else self.schedule(num_steps)
 
     def run_pilot(self, prior: Prior, cond: Conditioning) -> Pilot:
@@ -269,7 +269,7 @@ class Tempered(TwistedSampler):
             )
         return super().flow(prior, potential, cond, num_particles)
 
-    def schedule(self, num_steps: int) -> Schedule | Adaptive:
+    def schedule(self, num_steps: int) -> Factors | Adaptive:
         if not isinstance(self.tempering, str):
             return tabulate(self.tempering, num_steps)
         if self.tempering == "exp":
@@ -299,7 +299,7 @@ class PriorOnly(TwistedSampler):
     `log_w` is uniform, -log P, and `log_z` is 0, the log normalising constant of G = 1.
     """
 
-    def schedule(self, num_steps: int) -> Schedule:
+    def schedule(self, num_steps: int) -> Factors:
         return _only_at_the_end(num_steps)
 
     def options(self, num_steps: int) -> TwistOptions:
@@ -321,7 +321,7 @@ class BestOfN(TwistedSampler):
 
     select: Select = "argmax"
 
-    def schedule(self, num_steps: int) -> Schedule:
+    def schedule(self, num_steps: int) -> Factors:
         return _only_at_the_end(num_steps)
 
     def options(self, num_steps: int) -> TwistOptions:
@@ -336,7 +336,7 @@ class TDS(Resampled):
     already tells the reward early, wasteful where it does not.
     """
 
-    def schedule(self, num_steps: int) -> Schedule:
+    def schedule(self, num_steps: int) -> Factors:
         return [1.0] * (num_steps + 1)
 
     def options(self, num_steps: int) -> TwistOptions:

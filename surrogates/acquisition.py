@@ -41,7 +41,7 @@ AUGMENTATION = 0.05
 SMOOTHING = 0.25
 """How far apart objectives are, in answers' ranges, of which the worse one alone counts."""
 
-Need = Literal["beta", "best_f", "X_pending", "X_baseline", "generator", "members", "Y", "reference"]
+Need = Literal["beta", "best_f", "X_pending", "X_baseline", "generator", "members", "draws", "Y", "reference"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +76,8 @@ class Entry:
 
     Args:
         make: what was given -> a module (b) x 1 x d float64 -> (b).
-        needs: what it looks at beside the posterior; "members": a surrogate that has them. Without pending points it
-            does as well, without the others not.
+        needs: what it looks at beside the posterior; "members" and "draws": a surrogate that has them. Without pending
+            points it does as well, without the others not.
         unit: of its values: "reward", so that they can be held against answers, or "nats", a logarithm, of which
             dividing by alpha makes a power; "spread", standard deviations of what the answers are worth.
         per_query: whether every query should have one of its own (a draw at random).
@@ -366,7 +366,7 @@ ACQUISITIONS: dict[str, Entry] = {
     "mean": Entry(lambda given: PosteriorMean(given.model)),
     "ucb": Entry(_ucb, frozenset({"beta"})),
     "log_ei": Entry(_log_ei, frozenset({"best_f"}), unit="nats"),
-    "thompson": Entry(_thompson, frozenset({"generator"}), per_query=True),
+    "thompson": Entry(_thompson, frozenset({"generator", "draws"}), per_query=True),
     "max_member": Entry(lambda given: MaxMember(given.model), frozenset({"members"})),
     "qucb": Entry(_qucb, frozenset({"beta", "X_pending", "generator"})),
     "qlog_ei": Entry(_qlog_ei, frozenset({"best_f", "X_pending", "generator"}), unit="nats"),

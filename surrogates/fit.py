@@ -42,6 +42,7 @@ class Entry:
         random: whether the function takes a `generator`.
         blocks: whether it can learn how much each block of features matters.
         members: whether its posterior is that of members, as `max_member` needs.
+        draws: whether whole functions can be drawn from its posterior, as `thompson` needs.
         rule: refuses, as a `ConfigError`, checked options that do not go together: (section, options) -> None.
     """
 
@@ -51,6 +52,7 @@ class Entry:
     random: bool = True
     blocks: bool = True
     members: bool = False
+    draws: bool = True
     rule: Callable[[str, Mapping[str, Any]], None] | None = None
 
 
@@ -114,6 +116,8 @@ def _check_candidates(where: str, options: Mapping[str, Any]) -> None:
         check_name(f"{where}.candidates", name, possible)
     for name, given in (options.get("options") or {}).items():
         check_name(f"{where}.options", name, names)
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"`{where}.options.{name}`: expected a mapping of options, got {given!r}.")
         validate(name, given, f"{where}.options.{name}")
 
 
@@ -137,7 +141,7 @@ SURROGATES: dict[str, Entry] = {
     "ensemble": Entry(fit_ensemble, options_of(fit_ensemble, RANGES), members=True, rule=_check_members),
     "gp": Entry(fit_gp, options_of(fit_gp, RANGES)),
     "auto": Entry(fit_auto, options_of(fit_auto, RANGES), rule=_check_candidates),
-    "seiko": Entry(SeikoModel.fit, options_of(SeikoModel.fit, RANGES), blocks=False),
+    "seiko": Entry(SeikoModel.fit, options_of(SeikoModel.fit, RANGES), blocks=False, draws=False),
     "pairwise": Entry(fit_pairwise, options_of(fit_pairwise, RANGES), answers="comparisons", random=False),
 }
 RENAMED = {"ancestor": "seiko"}

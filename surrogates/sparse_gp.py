@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -14,12 +15,12 @@ from tiltopt.errors import SurrogateError
 from tiltopt.notebook import Shown
 from tiltopt.surrogates.data import Data, Float64Module
 from tiltopt.surrogates.gp import GPModel
-from tiltopt.surrogates.inducing import greedy
 from tiltopt.surrogates.kernels import Project, covariance, draw_matern, matern
 from tiltopt.surrogates.linear import GaussianPosterior, SampledFunction
 
 CHUNK = 4096
 CANDIDATES = 4096  # answers among which the inducing points are chosen
+TOLERANCE = 1e-6  # conditional variance, relative to the largest, below which a point adds nothing but rounding
 AXES = 2048  # directions of the linear part beyond which only the principal ones are kept
 
 
@@ -284,3 +285,35 @@ def _condition(
         b += phi.T @ (t / v.sqrt())
     L = torch.linalg.cholesky(B)
     return L, torch.cholesky_solve(b[:, None], L)[:, 0]
+
+
+def greedy(row: Callable[[int], Tensor], diagonal: Tensor, count: int) -> Tensor:
+    """Each next point is the one least known from those before: the pivots of an incomplete Cholesky factor.
+
+    O(n count^2) beside `count` rows of the covariance. Stops early where nothing is left to be known, so that the
+    covariance of the chosen points has a Cholesky factor without jitter.
+
+    Args:
+        row: covariance of point i with all n points, (n,).
+        diagonal: (n,), variances.
+        count: points wanted.
+
+    Returns:
+        Indices of the points, at most `count`, long.
+
+    Source: Burt, Rasmussen and van der Wilk 2020, "Convergence of sparse variational inference in Gaussian processes
+    regression", section 4.
+    """
+    n, count = len(diagonal), min(count, len(diagonal))
+    left, floor = diagonal.clone(), TOLERANCE * diagonal.max()
+    factor = torch.zeros(count, n, dtype=diagonal.dtype, device=diagonal.device)
+    chosen: list[int] = []
+    for j in range(count):
+        i = int(left.argmax())
+        if not left[i] > floor:
+            break
+        factor[j] = (row(i) - factor[:j, i] @ factor[:j]) / left[i].sqrt()
+        left -= factor[j].square()
+        left[i] = 0.0
+        chosen.append(i)
+    return torch.tensor(chosen, dtype=torch.long, device=diagonal.device)

@@ -19,12 +19,13 @@ PLACES = {"tiltopt": "tiltopt"} | {
 }
 """Import name -> folder, as in `setup.py`, without the weights and the recipe of the embedded prior."""
 
-SHARED = {"types", "errors", "options", "vision", "digest", "kinds", "notebook"}
+SHARED = {"types", "errors", "options", "vision", "digest", "kinds", "notebook", "designs"}
 MAY_IMPORT = {
     "tiltopt/types.py": set(),
     "tiltopt/errors.py": set(),
     "tiltopt/digest.py": set(),
     "tiltopt/notebook.py": set(),
+    "tiltopt/designs.py": {"errors", "vision"},
     "tiltopt/kinds.py": {"errors"},
     "tiltopt/options.py": {"errors"},
     "tiltopt/vision.py": {"errors", "digest"},

@@ -407,7 +407,7 @@ def _export(options: argparse.Namespace) -> int:
 def _import(options: argparse.Namespace) -> int:
     from tiltopt.online.commands.import_table import import_measurements, read_measurements
 
-    found = read_measurements(options.table, _objective_names(options.folder, options.rest))
+    found = read_measurements(options.table, _settings_there(options.folder, options.rest))
     with _open_or_create(options.folder, options.rest) as optimizer:
         number = import_measurements(optimizer, found, options.table)
     print(f"{number} measurements imported into {options.folder}")
@@ -464,15 +464,14 @@ def _settings(configuration: Sequence[str]) -> Settings:
     return Settings.from_config(parse(configuration))
 
 
-def _objective_names(folder: str, configuration: Sequence[str]) -> list[str]:
-    """The objectives of the run in `folder`, or of the one that `--config ...` arguments describe."""
+def _settings_there(folder: str, configuration: Sequence[str]) -> Settings:
+    """The settings of the run in `folder`, or of the one that `--config ...` arguments describe."""
     from tiltopt.online.optimizer import Optimizer
-    from tiltopt.online.settings.objectives import objectives_of
 
     if configuration:
-        return [objective.name for objective in objectives_of(_settings(configuration))]
+        return _settings(configuration)
     with Optimizer.open(folder, read_only=True) as optimizer:
-        return [objective.name for objective in objectives_of(optimizer.settings)]
+        return optimizer.settings
 
 
 def _open_or_create(folder: str, configuration: Sequence[str]) -> Optimizer:

@@ -68,13 +68,11 @@ class Option:
         type: an annotation: int, float, str, bool, tuple, dict, `Literal[...]`, or a union of these with None.
         default: its value where none is given; `REQUIRED` where one must be.
         range: which values of that type are possible; None: all (NaN never is).
-        doc: one line for people.
     """
 
     type: Any
     default: Any = REQUIRED
     range: Range | None = None
-    doc: str = ""
 
 
 def ranged(default: Any, range: Range) -> Any:

@@ -22,7 +22,7 @@ from benchmarks.frontier.lora import LoRAPolicy
 from benchmarks.frontier.methods import EVALUATIONS, METHODS, RANK, evaluations, learning, particles, sampler_of
 from benchmarks.query_efficiency.measure import spread
 from benchmarks.query_efficiency.planted import Planted
-from tiltopt.online.engine.images import to_images
+from tiltopt.designs import to_images
 from tiltopt.online.evaluation.judge import Judge, fidelity
 from tiltopt.online.seeds import generator, query_seed
 from tiltopt.online.settings.prompts import fill, load_prompts

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.loop.stopwatch import Stopwatch
 from tiltopt import surrogates
-from tiltopt.online.engine.images import to_images
+from tiltopt.designs import to_images
 from tiltopt.online.hooks import OnStep
 from tiltopt.online.optimizer import Optimizer
 from tiltopt.online.queries import Ask, Drawn, NewQuery, Observations, Plan, RoundRecord

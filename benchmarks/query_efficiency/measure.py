@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tiltopt.online.engine.diffusion import to_designs
+from tiltopt.designs import to_designs
 from tiltopt.online.evaluation.judge import Judge, fidelity
 from tiltopt.surrogates.features import FeatureMap, make_features
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from benchmarks.query_efficiency.turbo import Turbo
-from tiltopt.online.engine.diffusion import to_images
+from tiltopt.designs import to_images
 from tiltopt.samplers.prior import Prior
 
 

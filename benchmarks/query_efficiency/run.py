@@ -29,7 +29,8 @@ from benchmarks.query_efficiency.methods import (
 )
 from benchmarks.query_efficiency.noise import CMAES, Search, TurboNoise, denoise
 from benchmarks.query_efficiency.plain import CachedPlain, plain_asks
-from tiltopt.online.engine.diffusion import DiffusionEngine, to_images
+from tiltopt.designs import to_images
+from tiltopt.online.engine.diffusion import DiffusionEngine
 from tiltopt.online.loop import run
 from tiltopt.online.optimizer import Optimizer
 from tiltopt.online.seeds import derive, generator

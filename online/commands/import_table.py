@@ -9,23 +9,25 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 from torch import Tensor
 
+from tiltopt.designs import IMAGES, DesignType, design_type
 from tiltopt.errors import ConfigError, StoreError
 from tiltopt.online.optimizer import Optimizer
 from tiltopt.online.queries import NewQuery, Origin, RoundRecord
 from tiltopt.online.settings.objectives import objectives_of
+from tiltopt.online.settings.run import Settings
 from tiltopt.online.store import files
 from tiltopt.online.store.features import pack
 
 EXPECTED = (
-    "expected a table with the columns `value` and either `image` (a file, relative to the table) or `f0`, `f1`, ... "
-    "(features), and optionally `prompt` and `sem`"
+    "expected a table with the columns `value` and either `image` (a file, relative to the table; where designs are no "
+    "images `design`, a file or a text) or `f0`, `f1`, ... (features), and optionally `prompt` and `sem`"
 )
 
 
@@ -38,8 +40,8 @@ class Measurements:
         outcomes: (n,) numbers of each objective by its name; empty where an answer is one number.
         sems: (n,) standard errors, None where unknown.
         prompts: (n,) texts, empty where unknown.
-        images: (n,) files, or None when the table holds features.
-        features: (n, d) float32, or None when the table holds images.
+        designs: (n,) of the run's type, or None when the table holds features.
+        features: (n, d) float32, or None when the table holds designs.
         fingerprint: SHA-256 of the table.
     """
 
@@ -47,7 +49,7 @@ class Measurements:
     outcomes: Mapping[str, tuple[float, ...]]
     sems: tuple[float | None, ...]
     prompts: tuple[str, ...]
-    images: tuple[Path, ...] | None
+    designs: tuple[Any, ...] | None
     features: Tensor | None
     fingerprint: str
 
@@ -72,15 +74,19 @@ def csv_of(table: pd.DataFrame) -> bytes:
     return safe.to_csv(index=False).encode("utf-8")
 
 
-def read_measurements(path: str | Path, objectives: Sequence[str] = ()) -> Measurements:
+def read_measurements(path: str | Path, settings: Settings | None = None) -> Measurements:
     """Reads and checks a table (CSV) of measurements.
 
     Args:
-        objectives: of the run, which then are columns in the place of `value` and `sem`.
+        settings: of the run: its objectives are columns in the place of `value` and `sem`, and its designs are of its
+            type. None: one number per answer, images.
 
     Raises:
-        ConfigError: not such a table, no rows, a value that is not a finite number, or an image that is not there.
+        ConfigError: not such a table, no rows, a value that is not a finite number, or a design that is not there or
+            is none.
     """
+    settings = settings if settings is not None else Settings()
+    objectives, kind = [objective.name for objective in objectives_of(settings)], design_type(settings.design)
     path = Path(path)
     try:
         content = path.read_bytes()
@@ -92,7 +98,7 @@ def read_measurements(path: str | Path, objectives: Sequence[str] = ()) -> Measu
         raise ConfigError(f"{path}: expected each column once, got {', '.join(twice)} several times; keep one of each.")
     widths = [name for name in table.columns if name[:1] == "f" and name[1:].isdigit()]
     missing = [name for name in (objectives or ("value",)) if name not in table]
-    if missing or ("image" in table) == bool(widths):
+    if missing or (_column(kind) in table) == bool(widths):
         expected = EXPECTED.replace("`value`", " and ".join(f"`{name}`" for name in objectives or ("value",)))
         raise ConfigError(f"{path}: {expected}, got the columns {', '.join(map(str, table.columns))}.")
     if table.empty:
@@ -105,14 +111,14 @@ def read_measurements(path: str | Path, objectives: Sequence[str] = ()) -> Measu
         outcomes={name: tuple(_numbers(path, table, name)) for name in objectives},
         sems=tuple(None if math.isnan(sem) else sem for sem in sems),
         prompts=tuple(unescaped(str(prompt)) for prompt in prompts),
-        images=None if widths else tuple(_images(path, table)),
+        designs=None if widths else tuple(_designs(path, table, kind)),
         features=_features(path, table, widths) if widths else None,
         fingerprint=hashlib.sha256(content).hexdigest(),
     )
 
 
 def import_measurements(optimizer: Optimizer, found: Measurements, source: str) -> int:
-    """Enters measurements as a round of their own, of the kind "imported", in one transaction; their images first.
+    """Enters measurements as a round of their own, of the kind "imported", in one transaction; their designs first.
 
     Args:
         optimizer: the run, open for writing, with nothing outstanding.
@@ -144,8 +150,8 @@ def import_measurements(optimizer: Optimizer, found: Measurements, source: str) 
     mark = f"imported from {source} (SHA-256 {found.fingerprint})"
     if any(found.fingerprint in note for record in store.rounds() for note in record.notes):
         raise StoreError(f"{source} was imported into this run before; its measurements are there already.")
-    pictures = [_open(path) for path in found.images] if found.images is not None else []
-    vectors = found.features if found.features is not None else _see(optimizer, pictures, found.prompts)
+    designs = found.designs or ()
+    vectors = found.features if found.features is not None else _see(optimizer, designs, found.prompts)
     with optimizer.entering():
         round_, first = store.next()
         record = RoundRecord(round_, "imported", len(found.values), notes=(mark,))
@@ -154,9 +160,8 @@ def import_measurements(optimizer: Optimizer, found: Measurements, source: str) 
             NewQuery(first + i, i, prompt, 0, pack(vectors[i]), origin=origin) for i, prompt in enumerate(found.prompts)
         ]
         store.reserve(record, [q.number for q in new])
-        files.write_images(
-            {files.image_path(optimizer.folder, q.number): p for q, p in zip(new, pictures, strict=False)}
-        )
+        known = {query.number: design for query, design in zip(new, designs, strict=False)}
+        files.write_queries(optimizer.folder, known, optimizer.kind)
         answers = {q.number: known for q, known in zip(new, zip(found.values, found.sems, strict=True), strict=True)}
         outcomes = {
             q.number: {name: (found.outcomes[name][i], None) for name in names} for i, q in enumerate(new) if names
@@ -167,14 +172,15 @@ def import_measurements(optimizer: Optimizer, found: Measurements, source: str) 
     return len(new)
 
 
-def _see(optimizer: Optimizer, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-    """(n, d) features; pictures of one size are looked at together."""
+def _see(optimizer: Optimizer, designs: Sequence[Any], prompts: Sequence[str]) -> Tensor:
+    """(n, d) features; designs of one shape are looked at together."""
     rows: dict[int, Tensor] = {}
-    for size in dict.fromkeys(picture.size for picture in pictures):
-        here = [i for i, picture in enumerate(pictures) if picture.size == size]
-        seen = optimizer.engine.features([pictures[i] for i in here], [prompts[i] for i in here])
+    shapes = [optimizer.kind.events([design]).shape for design in designs]
+    for shape in dict.fromkeys(shapes):
+        here = [i for i, other in enumerate(shapes) if other == shape]
+        seen = optimizer.engine.features([designs[i] for i in here], [prompts[i] for i in here])
         rows |= dict(zip(here, seen, strict=True))
-    return torch.stack([rows[i] for i in range(len(pictures))])
+    return torch.stack([rows[i] for i in range(len(designs))])
 
 
 def _read(content: bytes) -> pd.DataFrame:
@@ -184,21 +190,35 @@ def _read(content: bytes) -> pd.DataFrame:
     return rows.reset_index(drop=True).set_axis([unescaped(str(name)) for name in names], axis=1)
 
 
-def _open(path: Path) -> Image.Image:
-    try:
-        return files.read_image(path).convert("RGB")
-    except OSError as error:
-        raise ConfigError(f"{path}: expected an image, got {error}.") from error
+def _column(kind: DesignType) -> str:
+    """Where a table holds the designs."""
+    return "image" if kind is IMAGES else "design"
 
 
-def _images(path: Path, table: pd.DataFrame) -> list[Path]:
+def _designs(path: Path, table: pd.DataFrame, kind: DesignType) -> list[Any]:
+    """Of every row: what its file holds, or what its text says where the type can be written so."""
     found = []
-    for row, name in enumerate(table["image"], start=2):
-        image = path.parent / name
-        if not name or not image.is_file():
-            raise ConfigError(f"{path}, line {row}: `image` must name a file, got {name!r}, which is not there.")
-        found.append(image)
+    for row, cell in enumerate(table[_column(kind)], start=2):
+        said, file = unescaped(cell), path.parent / cell
+        where = f"{path}, line {row}: `{_column(kind)}`"
+        if kind.written and not file.is_file():
+            try:
+                found.append(kind.parse(said))
+            except ValueError as error:
+                raise ConfigError(f"{where}: {error}.") from error
+        elif cell and file.is_file():
+            found.append(_open(file, kind))
+        else:
+            raise ConfigError(f"{where} must name a file, got {cell!r}, which is not there.")
     return found
+
+
+def _open(path: Path, kind: DesignType) -> Any:
+    try:
+        design = kind.load(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: expected {'an image' if kind is IMAGES else 'a design'}, got {error}.") from error
+    return design.convert("RGB") if kind is IMAGES else design
 
 
 def _features(path: Path, table: pd.DataFrame, widths: Sequence[str]) -> Tensor:

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from botorch.models.model import Model
 
+from tiltopt.designs import IMAGES, DesignType, design_type
 from tiltopt.errors import ConfigError, StoreError, SurrogateError
 from tiltopt.online.commands.import_table import csv_of
 from tiltopt.online.places import place_of
@@ -20,7 +21,7 @@ from tiltopt.online.report.pages import PER_ROUND, write_comparison, write_repor
 from tiltopt.online.report.record import RunRecord, judged_record, load_run, summarise
 from tiltopt.online.report.text import cell, round_table, table
 from tiltopt.online.report.thurstone import tallies
-from tiltopt.online.store.files import existing, read_json, write_atomic
+from tiltopt.online.store.files import design_path, existing, query_design, read_json, write_atomic
 from tiltopt.online.store.rows import COLUMNS
 from tiltopt.online.store.run_folder import reading
 from tiltopt.surrogates.calibration import calibration
@@ -135,17 +136,32 @@ def export(folder: str | Path, target: str | Path, kind: str) -> int:
             "parquet: expected the package pyarrow, got none. `pip install pyarrow`, or export with --csv."
         )
     record = load_run(folder)
-    frame = record.queries[[*COLUMNS, *(objective.name for objective in record.objectives)]]
+    frame = record.queries.reindex(columns=[*COLUMNS, *(objective.name for objective in record.objectives)])
     if len(record.comparisons):
         with reading(record.folder) as store:  # the surrogate's own predictions
             frame = store.frame()
         frame["utility"] = record.queries["value"]
         frame = pd.concat([frame, tallies(frame["id"].tolist(), record.comparisons)], axis=1)
     frame["image"] = [str(record.image(int(number)).relative_to(record.folder)) for number in frame["id"]]
+    designs = design_type(record.settings.get("design", "image"))
+    if designs is not IMAGES:
+        frame["design"] = [_cell(record.folder, int(number), designs) for number in frame["id"]]
     _write_table(frame, target, kind)
     if len(record.comparisons) and str(target) != STDOUT:
         _write_table(record.comparisons, target.with_name(f"{target.stem}_comparisons{target.suffix}"), kind)
     return len(frame)
+
+
+def _cell(folder: Path, number: int, kind: DesignType) -> str:
+    """A design as text where it can be written so, else its file; empty where it cannot be read."""
+    try:
+        return kind.text(query_design(folder, number, kind)) if kind.written else _named(folder, number, kind)
+    except StoreError:
+        return ""
+
+
+def _named(folder: Path, number: int, kind: DesignType) -> str:
+    return str(design_path(folder, number, kind).relative_to(folder))
 
 
 def _write_table(frame: pd.DataFrame, target: Path, kind: str) -> None:

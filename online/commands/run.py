@@ -331,8 +331,8 @@ def _taught_by(folder: Path) -> Settings:
         source = presumed(optimizer.source(), optimizer.told() > 0, settings.reward)
     if source is None or source.kind != "reward":
         raise ConfigError(
-            f"the answers of {folder} come from {source or 'an unknown source'}, and only they can say what its "
-            "surrogates are worth; name the reward that is to answer the evaluation with --config FILE.py:PRESET "
+            f"the answers of {folder} come from {source or 'an unknown source'}, not from a reward that could be asked "
+            "about new pictures. Name one that measures the same with --config FILE.py:PRESET "
             "--config.reward.name=NAME."
         )
     return settings

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiltopt.designs import to_images
 from tiltopt.errors import ConfigError, PotentialError
-from tiltopt.online.engine.images import to_images
 from tiltopt.online.seeds import generator
 from tiltopt.samplers import DAS, FKSteering, Sampler, Samples
 from tiltopt.samplers.diffusers_prior import as_prior

@@ -28,11 +28,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tiltopt import rewards
+from tiltopt.designs import IMAGES, to_images
 from tiltopt.errors import ConfigError, RewardError
 from tiltopt.online.direct.outcome import show
 from tiltopt.online.direct.settings import DirectSettings
 from tiltopt.online.engine import memory
-from tiltopt.online.engine.images import to_images
 from tiltopt.online.places import place_of
 from tiltopt.online.report.record import BESIDE, DIRECT
 from tiltopt.online.runner import CallPolicy, Fault, Runner, Stop
@@ -40,7 +40,7 @@ from tiltopt.online.seeds import generator, query_seed
 from tiltopt.online.settings.cost import Cost, budgeted, in_words, steps_of
 from tiltopt.online.settings.samplers import make_sampler, select_rule
 from tiltopt.online.settings.validation import check_path, check_sampler, check_tracker
-from tiltopt.online.store.files import image_path, read_json, write_atomic, write_images, write_json
+from tiltopt.online.store.files import image_path, read_json, write_atomic, write_designs, write_json
 from tiltopt.online.team import Team, on_main
 from tiltopt.rewards.base import Answer, BlackBox
 from tiltopt.rewards.differentiable import has_gradient, make_differentiable
@@ -337,7 +337,7 @@ def _save(
         RewardError: the black box is dead, or answered nothing.
     """
     images = [*(d.image for d in drawn), *beside]
-    write_images({image_path(folder, i): image for i, image in enumerate(images, start=1)})
+    write_designs({image_path(folder, i): image for i, image in enumerate(images, start=1)}, IMAGES)
     scored = score(runner, images, [*prompts, *prompts[: len(beside)]])
     values, plain = scored.values[: len(drawn)], scored.values[len(drawn) :]
     results: list[dict[str, Any]] = []

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from botorch.models.model import Model
-from PIL import Image
 from torch import Tensor
 
 from tiltopt.online.hooks import OnStep
@@ -54,12 +53,12 @@ class Engine(Protocol):
         """Samples of the tilted prior, in order, on every rank (which all hold the same `model` and `data`)."""
         ...
 
-    def features(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """(n, d) float32 features of images, for measurements that come from elsewhere."""
+    def features(self, designs: Sequence[Any], prompts: Sequence[str]) -> Tensor:
+        """(n, d) float32 features of designs, for measurements that come from elsewhere."""
         ...
 
-    def latents(self, images: Sequence[Image.Image]) -> Tensor:
-        """(n, *event) float32 on the CPU, clean latents of images."""
+    def latents(self, designs: Sequence[Any]) -> Tensor:
+        """(n, *event) float32 on the CPU, clean latents of designs."""
         ...
 
     def level_of(self, strength: float) -> int:

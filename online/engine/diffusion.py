@@ -12,18 +12,16 @@ from typing import Any
 
 import torch
 from botorch.models.model import Model
-from PIL import Image
 from torch import Tensor
 
 from tiltopt import surrogates
+from tiltopt.designs import IMAGES, design_type
 from tiltopt.errors import ConfigError, TiltoptError
 from tiltopt.kinds import needs
 from tiltopt.online.engine import memory
-from tiltopt.online.engine.aim import Aim, aim, fit_several, model_of
 from tiltopt.online.engine.feature_pilot import FeaturePilot
-from tiltopt.online.engine.images import to_designs, to_images
 from tiltopt.online.engine.in_memory import encoder_of, held_prior, named
-from tiltopt.online.engine.potential import AcquisitionPotential
+from tiltopt.online.engine.potential import AcquisitionPotential, Aim, aim, fit_several, model_of
 from tiltopt.online.engine.price import LEAST, bound, cost_of, first_price
 from tiltopt.online.engine.restarts import check_noise, latents_of, law_of, origin_of, sampler_of
 from tiltopt.online.hooks import OnStep
@@ -44,7 +42,7 @@ from tiltopt.samplers.restart import level_of
 from tiltopt.samplers.smc import Lineage
 from tiltopt.samplers.twisted import Tempered
 from tiltopt.surrogates.acquisition import ACQUISITIONS
-from tiltopt.surrogates.features import FeatureMap, LatentEncoder, make_features
+from tiltopt.surrogates.features import FeatureMap, LatentEncoder, RawFeatures, make_features
 from tiltopt.surrogates.io import load, packed
 from tiltopt.surrogates.preference import fit_pairwise
 from tiltopt.surrogates.several import SeveralModel
@@ -87,7 +85,8 @@ class DiffusionEngine:
         if prior is not None:
             self.__dict__["prior"] = held = held_prior(prior, settings.prior)
             self.settings = replace(settings, prior=named(settings.prior, held))
-            self.team = team or Team(device=torch.device(held.device))
+            self.team = team or Team(device=torch.device(getattr(held, "device", "cpu")))
+        self.kind = design_type(settings.design)
         self._rows, self._settled = RowLimit(settings.micro_batch), False
 
     @cached_property
@@ -108,8 +107,10 @@ class DiffusionEngine:
 
     @cached_property
     def feature_map(self) -> FeatureMap:
-        """Designs and prompts -> features."""
+        """Designs and prompts -> features: of pictures those that the settings name, of anything else the design."""
         s = self.settings.features
+        if self.kind is not IMAGES:
+            return RawFeatures(self.prior.decode(torch.zeros(1, *self.prior.event_shape)).numel())
         encoder = self.encoder if needs(s.kind) & {"latents", "network"} else None
         return make_features(s.path, s.kind, s.prompt_features, self.team.device, encoder, getattr(torch, s.dtype))
 
@@ -151,7 +152,8 @@ class DiffusionEngine:
 
     def _settle(self) -> None:
         """Rows and levers that fit, where the settings leave them to the device; once per process. Collective."""
-        self.encoder  # noqa: B018  where designs are no pictures, this says so
+        if self.kind is IMAGES:
+            self.encoder  # noqa: B018  where designs are no pictures, this says so
         check_noise(make_loop_sampler(self.settings.sampler), self.prior)
         if self.settings.prior.memory != "auto" or self._settled:
             return
@@ -294,11 +296,12 @@ class DiffusionEngine:
         picked = samples.pick(rule, gens)  # type: ignore[arg-type]
         cost, pick, rows = samples.cost(picked), picked[:, 0], torch.arange(len(group))
         designs, x0 = (each[rows, pick.to(each.device)] for each in (samples.designs, samples.x0))
-        images = to_images(designs)
-        X = self.features(images, [ask.prompt for _, ask in group])
+        found = self.kind.of(designs)
+        X = self.features(found, [ask.prompt for _, ask in group])
         drawn = []
         for i, (position, ask) in enumerate(group):
             extra: dict[str, Any] = {
+                "design": None if self.kind is IMAGES else found[i],
                 "latents": x0[i].to("cpu", torch.float16),
                 "origin": origin_of(self.prior, ask, num_particles, 0 if roots is None else int(roots[i, pick[i]])),
             }
@@ -313,7 +316,7 @@ class DiffusionEngine:
                     extra["alpha"] = potential.alpha
                     if ACQUISITIONS[self.settings.acquisition.name].unit == "reward":  # a logarithm promises none
                         extra["acquired"] = float(potential.acquisition(row.unsqueeze(-2)))
-            drawn.append((position, Drawn(images[i], X[i], **extra)))
+            drawn.append((position, Drawn(self.kind.view(found[i]), X[i], **extra)))
         return drawn
 
     def _predict(self, model: Model, row: Tensor) -> dict[str, float]:
@@ -324,21 +327,21 @@ class DiffusionEngine:
         posterior: Any = model.posterior(row)
         return {"predicted": float(posterior.mean), "predicted_sd": float(posterior.variance.clamp_min(0).sqrt())}
 
-    def features(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """(n, d) float32 features of 8-bit images, on the CPU."""
+    def features(self, designs: Sequence[Any], prompts: Sequence[str]) -> Tensor:
+        """(n, d) float32 features of designs as the black box sees them, on the CPU."""
 
         def look(start: int, cond: Conditioning) -> Rows:
             with torch.no_grad():
-                designs = to_designs(images[start : start + len(cond)]).to(self.team.device)
-                return (self.feature_map(designs, cond.prompts).float().cpu(),)
+                events = self.kind.events(designs[start : start + len(cond)]).to(self.team.device)
+                return (self.feature_map(events, cond.prompts).float().cpu(),)
 
         (features,) = MicroBatches(Conditioning(tuple(prompts)), 1, self._rows).map(look)
         assert features is not None
         return features
 
-    def latents(self, images: Sequence[Image.Image]) -> Tensor:
-        """(n, *event) float32 on the CPU, clean latents of 8-bit images."""
-        return latents_of(self.prior, images)
+    def latents(self, designs: Sequence[Any]) -> Tensor:
+        """(n, *event) float32 on the CPU, clean latents of designs."""
+        return latents_of(self.prior, designs, self.kind)
 
     def level_of(self, strength: float) -> int:
         """The step at which the prior's chain is entered."""
@@ -394,16 +397,7 @@ class DiffusionEngine:
     def _keep_pilot(
         self, steps: tuple[int, ...], rows: Sequence[tuple[Tensor, Tensor, Tensor]], prompts: Sequence[str]
     ) -> None:
-        features, gaps, final = (torch.stack(column) for column in zip(*rows, strict=True))
-        unique = list(dict.fromkeys(prompts))
-        pilot = FeaturePilot(
-            torch.tensor(self.team.broadcast(steps)),
-            torch.tensor([self.prior.num_steps]),
-            features.transpose(0, 1).contiguous(),
-            final,
-            gaps.mean(dim=0),
-            torch.tensor([unique.index(prompt) for prompt in prompts]),
-        )
+        pilot = FeaturePilot.of(self.team.broadcast(steps), self.prior.num_steps, rows, prompts)
         if self.team.is_main:
             pilot.save(self._folder)
         self.__dict__["pilot"] = pilot

@@ -6,9 +6,11 @@ kept; a later surrogate then needs no new chain to know how its potential behave
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -40,6 +42,27 @@ class FeaturePilot:
     final: Tensor
     distance: Tensor
     prompt: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        steps: Sequence[int],
+        num_steps: int,
+        rows: Sequence[tuple[Tensor, Tensor, Tensor]],
+        prompts: Sequence[str],
+    ) -> FeaturePilot:
+        """From what was kept of each chain.
+
+        Args:
+            steps, num_steps: as in the class.
+            rows: of each chain its features (S, d), the distances ||x_K - x̂0(x_k)||^2 (S,) and the final features (d,).
+            prompts: of each chain.
+        """
+        features, gaps, final = (torch.stack(column) for column in zip(*rows, strict=True))
+        unique = list(dict.fromkeys(prompts))
+        numbers = torch.tensor([unique.index(prompt) for prompt in prompts])
+        features = features.transpose(0, 1).contiguous()
+        return cls(torch.tensor(steps), torch.tensor([num_steps]), features, final, gaps.mean(dim=0), numbers)
 
     def save(self, folder: Path) -> None:
         """Write `pilot.safetensors`, whole or not at all."""

@@ -46,6 +46,22 @@ def named(settings: PriorSettings, held: Any) -> PriorSettings:
     return replace(settings, path=IN_MEMORY, fingerprint=held.fingerprint, **found)
 
 
+def check_same(own: PriorSettings, held: PriorSettings, of: object) -> None:
+    """Raises ConfigError where a prior that was handed over is not the run's own.
+
+    Args:
+        own: of the run.
+        held: the settings as `named` by what was handed over.
+        of: what the message calls the run.
+    """
+    if held.fingerprint != own.fingerprint:
+        had = f"was made with the prior of fingerprint {own.fingerprint}" if own.fingerprint else f"loads {own.path!r}"
+        raise ConfigError(
+            f"`prior`: {of} {had}, got one of fingerprint {held.fingerprint}: other weights, adapters or noise levels. "
+            "Go on with the run's own, or start another run."
+        )
+
+
 class Pixels:
     """Pictures as their own latents, in [-1, 1]: the `LatentEncoder` of a prior that has no autoencoder.
 
@@ -75,7 +91,7 @@ def encoder_of(prior: Any) -> LatentEncoder:
         shape = tuple(prior.decode(prior.initial(1, Generator().manual_seed(0))).shape)
     if len(shape) != 4 or shape[1] != 3:
         raise ConfigError(
-            f"`prior`: a run asks about pictures, (n, 3, H, W) in [0, 1], and a {type(prior).__name__} that makes "
-            f"{shape} was given. Let its `decode` make pictures, or draw without a run: tiltopt.draw."
+            f"`prior`: this run asks about pictures, (n, 3, H, W) in [0, 1], and a {type(prior).__name__} that makes "
+            f"{shape} was given. Let its `decode` make pictures, or say what it makes: design='tensor', 'tokens:20'."
         )
     return Pixels((shape[2], shape[3]))

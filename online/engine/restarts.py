@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
+from tiltopt.designs import IMAGES, DesignType, to_designs
 from tiltopt.errors import ConfigError, PriorError
-from tiltopt.online.engine.images import to_designs
 from tiltopt.online.queries import FROM_NOISE, Ask, Origin, Start
 from tiltopt.online.seeds import generator
 from tiltopt.samplers import BestOfN, Demon, Sampler
@@ -79,15 +78,20 @@ def origin_of(prior: Any, ask: Ask, num_particles: int, root: int) -> Origin:
     return ask.start.origin(int(law.choose(num_particles, generator(ask.seed, "sample"))[root]))
 
 
-def latents_of(prior: Any, images: Sequence[Image.Image]) -> Tensor:
-    """(n, *event) float32 on the CPU, clean latents of 8-bit images of any size.
+def latents_of(prior: Any, designs: Sequence[Any], kind: DesignType) -> Tensor:
+    """(n, *event) float32 on the CPU, clean latents of designs; pictures may be of any size.
 
     Raises:
         PriorError: the prior has no encoder.
     """
+    if kind is not IMAGES:
+        events = kind.events(designs)
+        if events.shape[1:] == prior.event_shape:  # designs are events
+            return events
+        raise PriorError(f"{type(prior).__name__} decodes its events, and no latents were kept; nothing was asked.")
     if not hasattr(prior, "encode_image"):
         raise PriorError(f"{type(prior).__name__} cannot encode images, and no latents were kept; nothing was asked.")
     size = tuple(prior.image_size)[::-1]  # PIL says width first
-    shown = [image if image.size == size else image.convert("RGB").resize(size) for image in images]
+    shown = [image if image.size == size else image.convert("RGB").resize(size) for image in designs]
     with torch.no_grad():
         return torch.cat([prior.encode_image(to_designs([image]).to(prior.device)).float().cpu() for image in shown])

@@ -15,6 +15,7 @@ from torch import Tensor
 from tiltopt.errors import ConfigError
 from tiltopt.notebook import Shown
 from tiltopt.online.engine.diffusion import DiffusionEngine
+from tiltopt.online.engine.in_memory import check_same
 from tiltopt.online.places import place_of
 from tiltopt.online.settings.run import NEWEST, EvaluateSettings
 from tiltopt.online.store import run_folder
@@ -56,19 +57,28 @@ class SavedSurrogate(Shown):
         return {"folder": self.folder, "model": repr(self.model), "features": known["features"]}
 
 
-def load_surrogate(folder: str | Path) -> SavedSurrogate:
+def load_surrogate(folder: str | Path, *, prior: Any = None) -> SavedSurrogate:
     """A run's surrogate, ready to predict and to be used in BoTorch.
 
     Args:
         folder: of a run, for its newest surrogate, or of one of its rounds, such as `checkpoints/demo/round_003`.
+        prior: the one that the run was created with, where that was handed over.
 
     Raises:
-        ConfigError: no surrogate there, or no run around it. SurrogateError: it is damaged, or of other features.
+        ConfigError: no surrogate there, no run around it, or another prior than the run's own. SurrogateError: it is
+            damaged, or of other features.
     """
     place = newest_surrogate(place_of(folder))
     run = place.resolve().parent
     with run_folder.reading(run) as store:
-        engine = DiffusionEngine(run_folder.stored_settings(run, store))
+        settings = run_folder.stored_settings(run, store)
+    if prior is None and settings.prior.fingerprint:
+        raise ConfigError(
+            f"the prior of {run} was handed over in Python: load_surrogate({str(folder)!r}, prior=pipe), with the "
+            f"pipeline of fingerprint {settings.prior.fingerprint}."
+        )
+    engine = DiffusionEngine(settings, prior=prior)
+    check_same(settings.prior, engine.settings.prior, run)
     return SavedSurrogate(place, io.load(place, feature_id=engine.feature_id), engine)
 
 

@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from tiltopt.designs import to_designs
 from tiltopt.errors import ConfigError, RewardError
-from tiltopt.online.engine.images import to_designs
 from tiltopt.online.evaluation.diversity import GROUPS, TRUNCATION, jackknife, pairwise_distance, truncated_entropy
 from tiltopt.online.evaluation.diversity import vendi_score as vendi
 from tiltopt.online.evaluation.judge import Judge, scored

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from botorch.models.model import Model
 
+from tiltopt.designs import design_type
 from tiltopt.errors import ConfigError, RewardError
 from tiltopt.online import rounds
 from tiltopt.online.answering import SCALE, Answering, in_trouble, trouble_of
@@ -222,7 +223,8 @@ def _draw(run: Optimizer, model: Model, round_: int, hooks: Hook) -> None:
     started, job = time.monotonic(), evaluation_round(run.settings, round_)
     drawn, _ = with_peers(run.team, lambda: rounds.draw(run.engine, job, model, hooks.on_progress))
     predicted = _predicted(model, drawn)
-    on_main(run.team, lambda: rounds.commit(run.store, run.engine, run.folder, job, predicted, None, started))
+    kind = design_type(run.settings.design)
+    on_main(run.team, lambda: rounds.commit(run.store, run.engine, run.folder, kind, job, predicted, None, started))
 
 
 def _predicted(model: Model, drawn: Sequence[Drawn]) -> list[Drawn]:

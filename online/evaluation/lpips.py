@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tiltopt.designs import to_designs
 from tiltopt.errors import RewardError
-from tiltopt.online.engine.images import to_designs
 from tiltopt.online.seeds import generator
 from tiltopt.rewards.weights import read_tensors
 

@@ -140,7 +140,7 @@ def serve(session: Session, port: int = 0, say: Callable[[str], None] = _say) ->
     server = web.listen(port)
     say(f"rate at http://127.0.0.1:{server.getsockname()[1]}/?token={token}   (Ctrl+C ends; every answer is stored)")
     try:
-        with contextlib.suppress(KeyboardInterrupt):  # the usual end; uvicorn hands it on after its own shutdown
+        with session.pulse, contextlib.suppress(KeyboardInterrupt):  # the usual end, which uvicorn hands on
             web.run(make_app(session, token), server)
     finally:
         server.close()

@@ -24,6 +24,7 @@ from tiltopt.online.report.record import load_run, summarise, without_summary, w
 from tiltopt.online.report.thurstone import UNIT
 from tiltopt.online.runner import CallPolicy
 from tiltopt.online.settings.source import PERSON
+from tiltopt.online.signals import Pulse
 from tiltopt.online.store import files
 
 RATER = "a person"
@@ -80,6 +81,7 @@ class Session(ABC):
     def __init__(self, optimizer: Optimizer, scale: Scale | None = None) -> None:
         self.optimizer = optimizer
         self.scale = scale or Scale()
+        self.pulse = Pulse(optimizer.store.tick)  # to be entered while the run can be rated: its seconds are counted
         self._lock = threading.RLock()
         self._drawing: threading.Thread | None = None
         self._work_done = ("", 0, 0)

@@ -12,7 +12,7 @@ import torch
 from tiltopt.surrogates.choices import FirstChoice, by_size, first_choice
 
 UNIT = "utility"
-"""One is the standard deviation of the judgement of one image."""
+"""One is the standard deviation of what a rater makes of one image."""
 
 PRIOR_SD = 1.0
 STEPS = 50

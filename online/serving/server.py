@@ -60,6 +60,7 @@ class Sessions:
         self.door, self._opening = door, opening
         self._lock = threading.Lock()
         self._open: dict[str, tuple[Session, ASGIApp]] = {}
+        self._pulses = contextlib.ExitStack()
 
     def app(self, key: str, runs: Runs) -> ASGIApp:
         """The rating page of a run.
@@ -75,12 +76,14 @@ class Sessions:
                 optimizer = self._opening(place)
                 session = PairRating(optimizer) if optimizer.settings.pairwise else Rating(optimizer)
                 routes = rating_routes(session, self.door, tabs(key, seen.record))
+                self._pulses.enter_context(session.pulse)
                 self._open[key] = session, Starlette(routes=routes)
             return self._open[key][1]
 
     def close(self) -> list[Path]:
         """Write what each run leaves behind and give it free; returns the reports."""
         reports = []
+        self._pulses.close()
         for session, _ in self._open.values():
             session.join()
             session.finish()

@@ -62,8 +62,9 @@ def cost(settings: Settings, prior: Prior | None = None) -> Cost:
         query = query.or_more(BestOfN().work(chain) * settings.search.pool)
     work += query * tilted
     if isinstance(sampler, Tempered) and sampler.needs_pilot:
-        per_round = settings.batch_size if ACQUISITIONS[settings.acquisition.name].per_query else 1
-        work += sampler.pilot_work(chain) + sampler.learning_work(chain) * (settings.rounds * per_round + tries)
+        apart = ACQUISITIONS[settings.acquisition.name].per_query  # each query, and each probe, has its own potential
+        learnt = settings.rounds * (settings.batch_size if apart else 1) + tries * (PROBES if apart else 1)
+        work += sampler.pilot_work(chain) + sampler.learning_work(chain) * learnt
     if "network" in needs(settings.features.kind):  # two passes through half of the network: about one for each picture
         seen = work.looks + settings.initial_batch_size + reference + tilted
         work += Work(network=seen, network_backward=work.looks_backward)

@@ -237,6 +237,7 @@ class Settings(Section):
     rounds: int = ranged(4, at_least(0))  # after round 0
     batch_size: int = ranged(16, between(1, MOST))  # queries per round
     initial_batch_size: int = ranged(64, between(2, MOST))  # queries of round 0, plain samples; a surrogate needs data
+    design: str = "image"  # what is drawn: image, tokens:20 or tokens:ACGT, or tensor; see tiltopt/designs.py
     prompts: str = "simple_animals"  # a built-in list, a text file with one prompt a line, or texts: a cat | a bear
     prompt_template: str = "a {}"  # built-in lists hold nouns; "an" before a vowel is put right
     good_prompt_template: str = ""  # a second template ...
@@ -315,8 +316,12 @@ def check_text(settings: Any) -> None:
 
 def check_template(key: str, template: str) -> None:
     """A template is empty, or has a place for the noun. Raises ConfigError."""
-    if template and "{}" not in template:
-        raise ConfigError(f"`{key}`: expected a template that contains {{}}, got {template!r}.")
+    try:
+        fine = not template or ("{}" in template and bool(template.format("cat")))
+    except (LookupError, ValueError):  # of another place, or of a single brace
+        fine = False
+    if not fine:
+        raise ConfigError(f"`{key}`: expected a template that contains {{}} and no other braces, got {template!r}.")
 
 
 def build(cls: type[T], config: Mapping[str, Any]) -> T:

@@ -10,14 +10,16 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from pathlib import Path
+from typing import Literal
 
 from tiltopt import rewards, surrogates
+from tiltopt.designs import Pictures, design_type
 from tiltopt.errors import ConfigError
 from tiltopt.online.places import place_of
 from tiltopt.online.queries import maximised
 from tiltopt.online.settings.objectives import objectives_of
 from tiltopt.online.settings.prompts import load_prompts
-from tiltopt.online.settings.run import KEYS, PriorSettings, SamplerSettings, Settings
+from tiltopt.online.settings.run import KEYS, FeatureSettings, PriorSettings, SamplerSettings, Settings
 from tiltopt.online.settings.samplers import make_sampler, select_rule
 from tiltopt.options import check_name, unknown_key
 from tiltopt.surrogates.acquisition import ACQUISITIONS
@@ -30,10 +32,12 @@ def validated(settings: Settings) -> Settings:
         ConfigError: with the key, what was expected, what came.
     """
     load_prompts(settings.prompts)
+    _check_design(settings)
     check_sampler(settings.sampler, settings.prior)
     check_tracker(settings.tracker)
     _check_model(settings)
     _check_acquisition(settings)
+    _check_search(settings)
     if not settings.prior.fingerprint:
         check_path("prior.path", settings.prior.path, "model_index.json", "a StableDiffusionPipeline folder")
     check_path("features.path", settings.features.path, "config.json", "a CLIPModel folder")
@@ -53,6 +57,17 @@ def reference_samples(settings: Settings) -> int:
     if not settings.reward.name or settings.pairwise or settings.objectives:
         return 0
     return settings.free_reference_samples if rewards.is_free(settings.reward.name, settings.reward.options) else 0
+
+
+def _check_design(settings: Settings) -> None:
+    """The type of the designs, and that a run of others than pictures asks for no features. Raises ConfigError."""
+    if isinstance(design_type(settings.design), Pictures):
+        return
+    if settings.features != FeatureSettings():
+        raise ConfigError(
+            f"`features`: they are of pictures; of designs of the type {settings.design!r} a surrogate sees the design "
+            "itself. Leave `features` as it is."
+        )
 
 
 def check_sampler(sampler: SamplerSettings, prior: PriorSettings) -> None:
@@ -100,7 +115,7 @@ def _check_model(settings: Settings) -> None:
 
 def _check_acquisition(settings: Settings) -> None:
     """Whether the acquisition exists, and finds what it needs in the surrogate."""
-    name, model = check_name("acquisition.name", settings.acquisition.name, ACQUISITIONS), settings.model.name
+    name = check_name("acquisition.name", settings.acquisition.name, ACQUISITIONS)
     count = len(maximised(objectives_of(settings))) or 1
     if ACQUISITIONS[name].several != (count > 1) and not settings.evaluate.surrogate:
         fitting = ", ".join(other for other, entry in ACQUISITIONS.items() if entry.several == (count > 1))
@@ -108,11 +123,40 @@ def _check_acquisition(settings: Settings) -> None:
             f"`acquisition.name`: expected one of {fitting} for {count} maximised objective{'s' if count > 1 else ''} "
             f"(`objectives`), got {name!r}."
         )
-    if "members" in ACQUISITIONS[name].needs and not surrogates.SURROGATES[model].members:
-        having = ", ".join(other for other, entry in surrogates.SURROGATES.items() if entry.members)
+    needs = ACQUISITIONS[name].needs
+    if "members" in needs and (lack := _lack(settings, "members")):
         raise ConfigError(
-            f"`acquisition.name`: {name!r} looks at the members of a surrogate, and model.name = {model!r} has none; "
-            f"set model.name to {having}, or acquisition.name to ucb."
+            f"`acquisition.name`: {name!r} looks at the members of a surrogate, and {lack}, or acquisition.name to ucb."
+        )
+    if "draws" in needs and (lack := _lack(settings, "draws")):
+        raise ConfigError(
+            f"`acquisition.name`: {name!r} draws functions from a surrogate, and {lack}, or acquisition.name to ucb."
+        )
+
+
+def _lack(settings: Settings, need: Literal["members", "draws"]) -> str:
+    """Which of the surrogates that may be fitted has nothing of the kind, in words; "" where each has."""
+    table, model = surrogates.SURROGATES, settings.model
+    known = table["auto"].options["candidates"].default
+    chosen = model.options.get("candidates", known) if model.name == "auto" else (model.name,)
+    without = [name for name in chosen if not getattr(table[name], need)]
+    having = [name for name, entry in table.items() if getattr(entry, need) and name != "auto"]
+    return f"model.name = {without[0]!r} has none; set model.name to {', '.join(having)}" if without else ""
+
+
+def _check_search(settings: Settings) -> None:
+    """Whether queries can start where they are to start."""
+    search = settings.search
+    if search.operators == "global":
+        return
+    if settings.prior.num_steps < 2:
+        raise ConfigError(
+            f"`search.operators`: {search.operators!r} enters the chain half-way, and prior.num_steps = 1 has no such "
+            "place; take more steps, or 'global'."
+        )
+    if search.parents == "thompson" and (lack := _lack(settings, "draws")):
+        raise ConfigError(
+            f"`search.parents`: 'thompson' draws functions from a surrogate, and {lack}, or search.parents to rank."
         )
 
 

@@ -63,21 +63,7 @@ class Comparisons:
         raw: str | None = None,
         error: str | None = None,
     ) -> int:
-        """Enter a comparison of two queries; those that were asked are answered by it, unless it failed.
-
-        Args:
-            winner, loser: numbers of the queries; of a tie or a failure, in the order in which they were shown.
-            outcome: "win", "tie" or "failed".
-            rater: who compared.
-            raw: what the rater said beyond the outcome.
-            error: why a comparison failed.
-
-        Returns:
-            The comparison's number in the run.
-
-        Raises:
-            StoreError: an unknown outcome, an unknown query, a query with itself, or one that is failed or abandoned.
-        """
+        """`choose` among two: of a tie or a failure, in the order in which they were shown."""
         return self.choose(winner, [loser], outcome, rater=rater, raw=raw, error=error)
 
     def choose(
@@ -90,19 +76,22 @@ class Comparisons:
         raw: str | None = None,
         error: str | None = None,
     ) -> int:
-        """Enter that a query is the best of several, or that no choice among them could be had.
+        """Enter that a query is the best of two or several, or that no choice among them could be had; those that were
+        asked are answered by it, unless it failed.
 
         Args:
             first: number of the winner; of a failure, of any that was shown.
             others: numbers of the rest.
             outcome: "win" or "failed"; with one other, "tie" too.
-            rater, raw, error: as in `add`.
+            rater: who compared.
+            raw: what the rater said beyond the outcome.
+            error: why it failed.
 
         Returns:
             The number of the first of the comparisons, by which the whole choice is known.
 
         Raises:
-            StoreError: as `add`, or a query twice.
+            StoreError: an unknown outcome, an unknown query, one twice, or one that is failed or abandoned.
         """
         _check_outcome(outcome)
         shown = [first, *others]

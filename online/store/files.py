@@ -16,14 +16,12 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
+from tiltopt.designs import IMAGES, DesignType
 from tiltopt.errors import ConfigError, StoreError
 from tiltopt.online.places import at_address, holds, place_of, reaching, read_bytes
 
 WRITERS = 16
-"""Images written at once."""
-
-MAX_PIXELS = 64 * 10**6
-"""Images that claim to be larger are refused before they are decoded."""
+"""Files written at once."""
 
 
 def existing(folder: str | Path) -> Path:
@@ -65,8 +63,15 @@ def folder_there(place: str | Path, what: str, near: str | None = None) -> Path:
 
 
 def image_path(folder: Path, number: int) -> Path:
-    """Where the image of query `number` lies; negative numbers are those of reference samples."""
+    """Where the picture of query `number` lies; negative numbers are those of reference samples."""
     return folder / ("images" if number > 0 else "reference") / f"{abs(number):06d}.png"
+
+
+def design_path(folder: Path, number: int, kind: DesignType) -> Path:
+    """Where the design of query `number` lies; an image is its own picture."""
+    if kind is IMAGES:
+        return image_path(folder, number)
+    return folder / ("designs" if number > 0 else "reference") / f"{abs(number):06d}{kind.suffix}"
 
 
 def round_folder(folder: Path, round_: int) -> Path:
@@ -179,19 +184,13 @@ def read_summaries(folder: Path, rounds: Iterable[int]) -> tuple[dict[int, dict[
 
 def write_image(path: Path, image: Image.Image) -> None:
     """An image as PNG, atomically."""
-    write_images({path: image})
+    write_designs({path: image}, IMAGES)
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image, read whole; an `OSError` when it is missing, damaged or larger than `MAX_PIXELS`."""
-    try:
-        with Image.open(io.BytesIO(read_bytes(path)) if at_address(path) else path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise OSError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS // 10**6} megapixels")
-            image.load()
-            return image
-    except Image.DecompressionBombError as error:
-        raise OSError(str(error)) from error
+    """An image, read whole; an `OSError` when it is missing, damaged or larger than `designs.MAX_PIXELS`."""
+    found: Image.Image = _read_design(path, IMAGES)
+    return found
 
 
 def query_image(folder: Path, number: int) -> Image.Image:
@@ -200,25 +199,43 @@ def query_image(folder: Path, number: int) -> Image.Image:
     Raises:
         StoreError: its file is missing or damaged.
     """
-    path = image_path(folder, number)
+    found: Image.Image = query_design(folder, number, IMAGES)
+    return found
+
+
+def query_design(folder: Path, number: int, kind: DesignType) -> Any:
+    """The design of query `number`, of the run's own type.
+
+    Raises:
+        StoreError: its file is missing or damaged.
+    """
+    path = design_path(folder, number, kind)
     try:
-        return read_image(path)
+        return _read_design(path, kind)
     except OSError as error:
+        what = "image" if kind is IMAGES else "design"
         raise StoreError(
-            f"the image of query {number} cannot be read from {path} ({error}); put the file back, or abandon the "
+            f"the {what} of query {number} cannot be read from {path} ({error}); put the file back, or abandon the "
             "query."
         ) from error
 
 
-def write_images(images: Mapping[Path, Image.Image]) -> None:
-    """Images as PNG, each atomically. The waits for the disk, which are what writing takes, overlap.
+def _read_design(path: Path, kind: DesignType) -> Any:
+    try:
+        return kind.load(read_bytes(path))
+    except ValueError as error:
+        raise OSError(str(error)) from error
+
+
+def write_designs(designs: Mapping[Path, Any], kind: DesignType) -> None:
+    """Designs of one type, each file atomically. The waits for the disk, which are what writing takes, overlap.
 
     Raises:
-        StoreError: an image cannot be written; none that was there before is touched.
+        StoreError: one cannot be written; none that was there before is touched.
     """
 
     def save(path: Path) -> Callable[[BinaryIO], object]:
-        return lambda file: images[path].save(file, "PNG")
+        return lambda file: file.write(kind.dump(designs[path]))
 
     def write(path: Path) -> Path:
         try:
@@ -226,22 +243,34 @@ def write_images(images: Mapping[Path, Image.Image]) -> None:
         except OSError as error:
             raise cannot_write(path, error) from error
 
-    if any(map(at_address, images)):
-        _put({path: save(path) for path in images})
+    if any(map(at_address, designs)):
+        _put({path: save(path) for path in designs})
         return
     place = Path()
-    folders = {path.parent for path in images}
+    folders = {path.parent for path in designs}
     try:
         for place in folders:
             place.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(WRITERS) as pool:
-            partials = list(pool.map(write, images))
-        for partial, place in zip(partials, images, strict=True):
+            partials = list(pool.map(write, designs))
+        for partial, place in zip(partials, designs, strict=True):
             os.replace(partial, place)
         for place in folders:
             sync_folder(place)
     except OSError as error:
         raise cannot_write(place, error) from error
+
+
+def write_queries(folder: Path, designs: Mapping[int, Any], kind: DesignType) -> None:
+    """Designs by their numbers, and the pictures of those that are none, each file atomically.
+
+    Raises:
+        StoreError: see `write_designs`.
+    """
+    write_designs({design_path(folder, number, kind): design for number, design in designs.items()}, kind)
+    if kind is not IMAGES:
+        views = {image_path(folder, number): kind.view(design) for number, design in designs.items()}
+        write_designs(views, IMAGES)
 
 
 def replace_synced(source: Path, target: Path) -> None:

@@ -231,6 +231,8 @@ def _written(folder: Path, stored: Settings) -> Settings:
         return stored
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("expected a mapping")
     except (OSError, ValueError) as error:
         raise StoreError(
             f"{path} is not readable JSON ({error}). Correct it, or delete it: the store knows the settings too."

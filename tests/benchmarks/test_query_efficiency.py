@@ -34,7 +34,8 @@ from benchmarks.query_efficiency.run import Round, Workshop, kept, price, run_ce
 from benchmarks.query_efficiency.table import aggregate, interval, text
 from benchmarks.query_efficiency.turbo import LENGTH, SHORTEST, Region, Turbo
 from tests.fakes.tiny import tiny_clip, tiny_pipeline
-from tiltopt.online.engine.diffusion import DiffusionEngine, to_images
+from tiltopt.designs import to_images
+from tiltopt.online.engine.diffusion import DiffusionEngine
 from tiltopt.online.engine.feature_pilot import FILE as PILOT
 from tiltopt.online.optimizer import Optimizer
 from tiltopt.online.settings.cost import PROBES, TRIES

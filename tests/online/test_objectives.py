@@ -25,7 +25,7 @@ from tiltopt.errors import ConfigError, RewardError, StoreError
 from tiltopt.online import loop
 from tiltopt.online.commands.import_table import import_measurements, read_measurements
 from tiltopt.online.commands.inspect import status, surrogate_text
-from tiltopt.online.engine.aim import aim, fit_several, model_of
+from tiltopt.online.engine.potential import aim, fit_several, model_of
 from tiltopt.online.optimizer import Optimizer
 from tiltopt.online.queries import Ask, Drawn, Objective, Observations, Plan
 from tiltopt.online.report.front import front_numbers, merits, on_front
@@ -264,7 +264,7 @@ def test_export_and_import_keep_every_objective(finished: Path, tmp_path: Path) 
     rows = written[["image", "prompt", "near", "far"]].assign(image=[str(finished / name) for name in written["image"]])
     rows.to_csv(tmp_path / "again.csv", index=False)
     with Optimizer.create(tmp_path / "run", TWO, engine=SeveralEngine(TWO)) as run:
-        found = read_measurements(tmp_path / "again.csv", ("near", "far"))
+        found = read_measurements(tmp_path / "again.csv", Settings(objectives="near, far"))
         assert import_measurements(run, found, "again.csv") == len(rows)
         assert run.queries()[["near", "far"]].equals(written[["near", "far"]])
         with pytest.raises(ConfigError, match="near"):
@@ -314,6 +314,22 @@ def test_the_front_leaves_out_what_breaks_a_condition() -> None:
     assert merits(table, objectives, table["round"] == 0).round(6).tolist()[:3] == pytest.approx(
         [0.0, float("nan"), 0.0], nan_ok=True
     )
+
+
+def test_a_price_means_the_same_in_every_round() -> None:
+    """What makes objectives comparable are the first answers: later ones, however far they lie, change no unit."""
+    x = plain(0, 20)
+    far = torch.cat([answers(x), torch.tensor([[3.0, -9.0], [-9.0, 3.0]], dtype=torch.float64)])
+    features = torch.cat([torch.cat([x, x**2], 1), torch.zeros(2, 8, dtype=torch.float64)])
+    known = Observations(features[:20], answers(x), None, features[:0], objectives=(Objective("a"), Objective("b")),
+                         reference=torch.tensor(REFERENCE, dtype=torch.float64), first=answers(x))  # fmt: skip
+    model = fit_several("linear", known, generator(0, "fit"))
+    later = replace(known, X=features, Y=far)
+    values = [
+        aim("chebyshev", model, data, beta=0.5, generator=generator(0, "w")).acquisition(features[:20].unsqueeze(-2))
+        for data in (known, later)
+    ]
+    assert torch.equal(*values)
 
 
 # ---- finding a known front
@@ -392,6 +408,17 @@ def test_a_standard_error_that_is_none_costs_no_objective(tmp_path: Path) -> Non
     with Optimizer.create(tmp_path / "run", TWO | {"rounds": 0}, engine=FakeEngine()) as opt:
         assert loop.run(opt, FunctionReward("lab", "", 1, lambda images, prompts: [said])).complete
         assert opt.store.outcomes()[1] == {"near": [1.5, None], "far": [1.5, 0.5]}
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_design_of_which_one_objective_cannot_be_measured_is_infeasible(tmp_path: Path, value: float) -> None:
+    """An answer, which is not asked for again, in whichever place it stands."""
+    said = iter([{"near": 1.0, "far": value}, {"near": value, "far": 1.0}] + [{"near": 1.0, "far": 2.0}] * 3)
+    with Optimizer.create(tmp_path / "run", TWO | {"rounds": 0}, engine=FakeEngine()) as opt:
+        assert loop.run(opt, FunctionReward("lab", "", 1, lambda images, prompts: [next(said)])).complete
+        assert [row.failure for row in opt.store.in_state("failed")] == ["infeasible"] * 2
+        assert len(opt.store.data(objectives_of(opt.settings)).failed) == 2
+        assert loop.ask_again(opt) == 0
 
 
 @pytest.mark.parametrize("value", [10**400, True, "1", math.nan, None])

@@ -12,6 +12,7 @@ import pytest
 
 from tiltopt import cli
 from tiltopt.online.optimizer import Optimizer
+from tiltopt.online.settings.source import Source
 
 ARCHIVE = Path(__file__).parents[1] / "data" / "run_0_1" / "runs.tar.gz"
 
@@ -47,12 +48,10 @@ def test_status_report_and_export(runs: Path, name: str, tmp_path: Path, capsys:
     folder = str(runs / name)
     assert cli.main(["report", folder]) == 0
     assert (runs / name / "report.html").stat().st_size > 10_000
-    if name == "evaluated":
-        return
     capsys.readouterr()
     assert cli.main(["status", folder, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert sum(found["queries"].values()) == {"stopped": 6, "asked": 6, "compared": 4}[name]
+    assert sum(found["queries"].values()) == {"stopped": 6, "asked": 6, "compared": 4, "evaluated": 4}[name]
     assert cli.main(["export", folder, "--csv", str(tmp_path / "all.csv")]) == 0
     assert len(pd.read_csv(tmp_path / "all.csv")) == sum(found["queries"].values())
 
@@ -61,6 +60,8 @@ def test_who_answered_is_unknown_and_asked_for_once(runs: Path, capsys: pytest.C
     folder = runs / "stopped"
     assert cli.main(["resume", str(folder)]) == 2
     assert f"tiltopt resume {folder} --reward NAME" in capsys.readouterr().err
+    assert cli.main(["evaluate", "--surrogate", str(folder)]) == 2
+    assert "an unknown source" in capsys.readouterr().err
     config = json.loads((folder / "config.json").read_text())
     config["reward"]["max_queries"] = 7
     (folder / "config.json").write_text(json.dumps(config))
@@ -73,6 +74,7 @@ def test_who_answered_is_unknown_and_asked_for_once(runs: Path, capsys: pytest.C
     with Optimizer.open(folder, read_only=True) as optimizer:
         frame = optimizer.queries()
         assert optimizer.store.spent().queries == 8, "the answers of 0.1 count as paid"
+        assert optimizer.source() == Source("reward", "jpeg_compressibility", {})
         assert len(optimizer.queries(kind="reference")) == 0, "the reference samples of 0.1 are not paid for again"
     assert frame["value"].tolist()[:6] == STOPPED
     assert frame["round"].tolist() == [0, 0, 0, 0, 1, 1, 2, 2]
@@ -84,6 +86,8 @@ def test_who_answered_is_unknown_and_asked_for_once(runs: Path, capsys: pytest.C
 def test_ask_and_tell_go_on_under_the_surrogates_new_name(runs: Path) -> None:
     with Optimizer.open(runs / "asked") as optimizer:
         assert optimizer.settings.model.name == "seiko"
+        assert optimizer.settings.model.options["epochs"] == 5
+        assert "answers: unknown" in repr(optimizer)
         assert [query.id for query in optimizer.pending()] == [5, 6]
         assert [query.round for query in optimizer.pending()] == [1, 1]
         assert optimizer.queries()["sem"].tolist()[:4] == [0.05] * 4

@@ -312,9 +312,10 @@ def test_an_edited_config_file_counts_as_a_change(opt: Optimizer, folder: Path) 
     path.write_text(json.dumps(config | {"seed": 4}))
     with pytest.raises(ConfigError, match="seed: 3 -> 4"):
         Optimizer.open(folder)
-    path.write_text("{")
-    with pytest.raises(StoreError, match=r"config\.json is not readable JSON"):
-        Optimizer.open(folder)
+    for torn in ("{", "[1]"):
+        path.write_text(torn)
+        with pytest.raises(StoreError, match=r"config\.json is not readable JSON"):
+            Optimizer.open(folder)
     path.unlink()
     Optimizer.open(folder).close()
     assert json.loads(path.read_text()) == config, "it is written again from the store"

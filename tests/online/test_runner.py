@@ -19,6 +19,8 @@ from tiltopt.online.runner import CallPolicy, Fault, Purse, Runner, Stop, Window
 from tiltopt.online.signals import Pulse
 from tiltopt.online.store.database import UnavailableError
 from tiltopt.rewards.base import Answer, FunctionReward, Retry
+from tiltopt.rewards.composition import Composition, Part
+from tiltopt.rewards.pairs import PairBox
 from tiltopt.rewards.replies import read_reply
 
 
@@ -841,3 +843,18 @@ def test_a_question_without_an_answer_is_an_error_where_one_is_needed():
     assert [a.value for a in make(lambda x, p: [2.0] * len(x), batch_size=2).ask([1, 2, 3], "abc")] == [2.0] * 3
     with pytest.raises(RewardError, match="`max_queries` = 2"):
         make(lambda x, p: [2.0], max_queries=2).ask([1, 2, 3], "abc")
+
+
+def test_a_reply_that_a_part_gave_and_nobody_can_read_is_no_answer_and_no_end():
+    """As when the black box itself had given it: it fails its query, and so many in a row are a dead one."""
+    parts = iter([[1.0], "nonsense", [2.0], [3.0]])
+    part = FunctionReward("part", "", 1, lambda images, prompts: next(parts))
+    box = Composition("weighted", [(Part("part", 2.0), part)], sum, 1)
+    seen = Record()
+    assert Runner(box, CallPolicy(retries=2, stop_after=2)).run(items(4), seen) is None
+    assert [seen.answers[f"q{i}"].value for i in (0, 2, 3)] == [2.0, 4.0, 6.0]
+    assert "expected 1 values, got str 'nonsense'" in seen.answers["q1"].error
+    pairs = PairBox(FunctionReward("lab", "", 1, lambda images, prompts: "nonsense"))
+    stop = Runner(pairs, CallPolicy(stop_after=2)).run([(i, ((i, i)), ("a", "b")) for i in range(4)], Record())
+    assert stop.failed
+    assert len(stop.remaining) == 2

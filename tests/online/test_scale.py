@@ -14,6 +14,7 @@ from sqlalchemy import event
 
 from tests.contracts.stores import new_queries
 from tests.fakes.engine import CONFIG, FakeEngine
+from tiltopt.designs import IMAGES
 from tiltopt.errors import StoreError
 from tiltopt.online import rounds
 from tiltopt.online.engine.price import next_price
@@ -152,7 +153,7 @@ def test_images_of_a_round_wait_for_the_disk_once_each_and_for_their_folder_once
 
     monkeypatch.setattr("tiltopt.online.store.files.os.fsync", counted)
     images = {tmp_path / "images" / f"{i}.png": Image.new("L", (4, 4), 10 * i) for i in range(20)}
-    files.write_images(images)
+    files.write_designs(images, IMAGES)
     assert len(calls) == 20 + 1
     for path, image in images.items():
         with Image.open(path) as written:
@@ -165,6 +166,6 @@ def test_an_image_that_cannot_be_written_leaves_the_others_as_they_were(tmp_path
     files.write_image(first, Image.new("L", (4, 4), 1))
     (tmp_path / "2.png.part").mkdir()  # where the second would be written
     with pytest.raises(StoreError, match=r"2\.png"):
-        files.write_images({first: Image.new("L", (4, 4), 9), second: Image.new("L", (4, 4), 9)})
+        files.write_designs({first: Image.new("L", (4, 4), 9), second: Image.new("L", (4, 4), 9)}, IMAGES)
     with Image.open(first) as kept:
         assert kept.getpixel((0, 0)) == 1

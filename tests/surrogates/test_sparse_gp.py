@@ -15,9 +15,8 @@ from tests.contracts.surrogates import coverage, generator, linear_data
 from tiltopt.errors import SurrogateError
 from tiltopt.surrogates import fit, sparse_gp
 from tiltopt.surrogates.data import check
-from tiltopt.surrogates.inducing import greedy
 from tiltopt.surrogates.selection import predictive
-from tiltopt.surrogates.sparse_gp import QuadraticForm
+from tiltopt.surrogates.sparse_gp import QuadraticForm, greedy
 
 FAST: dict[str, Any] = {"max_iterations": 15, "sparse_above": 10}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,13 +13,13 @@ from PIL import Image
 
 from tests.fakes.counted import counted
 from tests.fakes.tiny import tiny_clip, tiny_pipeline
+from tiltopt.designs import to_designs, to_images
 from tiltopt.errors import ConfigError, SurrogateError
 from tiltopt.online.engine.diffusion import DiffusionEngine
 from tiltopt.online.engine.feature_pilot import FILE, FeaturePilot
-from tiltopt.online.engine.images import to_designs, to_images
 from tiltopt.online.engine.price import next_price
 from tiltopt.online.optimizer import Optimizer
-from tiltopt.online.queries import Ask, Drawn, Observations, Origin, Plan, Start
+from tiltopt.online.queries import Ask, Drawn, Objective, Observations, Origin, Plan, Start
 from tiltopt.online.seeds import query_seed
 from tiltopt.online.settings.cost import cost
 from tiltopt.online.settings.prompts import prompt_of
@@ -312,6 +313,33 @@ def test_a_budget_is_spent(settings: Settings, first: list[Drawn], name: str, na
     drawn = engine.draw(engine.fit(data, 1), data, asks(settings, 1, 6), Plan(None, 1.0, budget=nats))
     assert len({d.alpha for d in drawn}) == 1
     assert nats / 3 < np.mean([d.nats for d in drawn]) < 3 * nats
+
+
+def test_the_first_price_is_that_of_the_queries_own_directions(
+    settings: Settings, first: list[Drawn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not that of one direction which no query follows, and one mean over them."""
+    tried: list[tuple[tuple[float, ...], int]] = []
+
+    def cost(sampler: Any, prior: Any, potential: Any, cond: Any, settings: Any, seeds: list[int]) -> float:
+        tried.append((tuple(potential.acquisition.inner.weights.tolist()), seeds[0]))
+        return 9.0 if len(tried) % 2 else 1.0
+
+    monkeypatch.setattr("tiltopt.online.engine.diffusion.cost_of", cost)
+    acquisition = replace(settings.acquisition, name="chebyshev")
+    engine = DiffusionEngine(budgeted(replace(settings, acquisition=acquisition, objectives="a, b"), 5.0))
+    one = data_of(first)
+    Y = torch.cat([one.Y, torch.randn(len(one.Y), 1, generator=torch.Generator().manual_seed(0)).double()], 1)
+    data = replace(one, Y=Y, objectives=(Objective("a"), Objective("b")), reference=Y.amin(0), first=Y)
+    model, batch, plan = engine.fit(data, 1), asks(settings, 1, 3), Plan(None, 1.0, budget=5.0)
+    alpha = engine._price(model, data, batch, plan)
+    assert alpha is not None
+    drawn = engine.draw(model, data, batch, replace(plan, alpha=alpha))
+    assert [seed for _, seed in tried] == [ask.seed for ask in batch[:2]], "their mean is the budget: found at once"
+    own = [engine._tilt(model, data, Plan(alpha, 1.0), ask.seed)[0].acquisition.inner.weights for ask in batch[:2]]
+    assert [weights for weights, _ in tried] == [tuple(weights.tolist()) for weights in own]
+    assert len({weights for weights, _ in tried}) == 2
+    assert {d.alpha for d in drawn} == {alpha}
 
 
 def test_a_price_never_falls_without_end(settings: Settings, first: list[Drawn]) -> None:

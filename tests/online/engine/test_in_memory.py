@@ -151,7 +151,7 @@ def test_a_prior_of_other_designs_than_pictures_is_refused_before_anything_is_as
     decode: Any, shape: tuple[int, ...], made: str, config: dict[str, Any], tmp_path: Path
 ) -> None:
     with Optimizer.create(tmp_path / "run", config, prior=own(decode, shape)) as optimizer:
-        with pytest.raises(ConfigError, match=rf"makes {made} was given.*tiltopt\.draw"):
+        with pytest.raises(ConfigError, match=rf"makes {made} was given.*design='tensor'"):
             optimizer.ask(6)
         assert sum(optimizer.store.counts().values()) == 0
 

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from botorch.acquisition import LogExpectedImprovement, UpperConfidenceBound
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 import tiltopt
 from tests.fakes.tiny import tiny_clip, tiny_pipeline
+from tiltopt.designs import to_designs
 from tiltopt.errors import ConfigError, SurrogateError
-from tiltopt.online.engine.images import to_designs
 from tiltopt.online.optimizer import Optimizer
 
 
@@ -49,6 +50,26 @@ def test_it_predicts_what_it_had_predicted(run: Path) -> None:
     torch.testing.assert_close(sd, torch.tensor(rows["predicted_sd"].to_numpy()), rtol=1e-6, atol=1e-6)
     assert "AveragedLinear" in repr(saved)
     assert len(repr(saved)) < 400
+
+
+def test_of_a_run_whose_prior_was_handed_over_it_takes_that_one_and_no_other(tmp_path: Path) -> None:
+    folders = [tiny_pipeline(tmp_path / f"pipeline_{seed}", seed=seed) for seed in range(2)]
+    pipe, other = [StableDiffusionPipeline.from_pretrained(folder) for folder in folders]
+    tiny_clip(tmp_path / "clip")
+    config = {"initial_batch_size": 4, "features": {"path": str(tmp_path / "clip")}, "sampler": {"alpha": 0.5}}
+    config |= {"prior": {"num_steps": 3}}
+    with Optimizer.create(tmp_path / "run", config, prompts=["a cat"], prior=pipe) as opt:
+        for size in (4, 2):
+            for query in opt.ask(size):
+                opt.tell(query.id, float(np.asarray(query.image).mean()))
+        rows = opt.queries("tilted")
+        images = [opt.image(int(i)) for i in rows["id"]]
+    mean, _ = tiltopt.load_surrogate(tmp_path / "run", prior=pipe).predict(images)
+    torch.testing.assert_close(mean, torch.tensor(rows["predicted"].to_numpy()), rtol=1e-6, atol=1e-6)
+    with pytest.raises(ConfigError, match=r"load_surrogate\(.*prior=pipe\), with the pipeline of fingerprint"):
+        tiltopt.load_surrogate(tmp_path / "run")
+    with pytest.raises(ConfigError, match="other weights, adapters or noise levels"):
+        tiltopt.load_surrogate(tmp_path / "run", prior=other)
 
 
 def test_acquisitions_of_botorch_take_it_down_to_the_pixels(run: Path) -> None:

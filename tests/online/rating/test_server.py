@@ -458,3 +458,17 @@ def test_an_answer_that_was_taken_back_can_be_given_again_at_the_end_of_the_budg
         rating.rate(1, 5)
         assert rating.undo() == 1
         rating.rate(1, 6)
+
+
+def test_the_time_of_a_person_counts_in_the_budget_of_seconds(tmp_path):
+    with Optimizer.create(
+        tmp_path / "run", CONFIG | {"reward": {"max_seconds": 0.3}}, engine=FakeEngine()
+    ) as optimizer:
+        optimizer.ask(5)
+        rating = Rating(optimizer)
+        with rating.pulse:
+            rating.rate(1, 5)
+            time.sleep(0.4)
+        assert 0.4 <= optimizer.store.spent().seconds < 2.0
+        with pytest.raises(StoreError, match=r"`reward\.max_seconds` = 0.3"):
+            rating.rate(2, 5)

@@ -30,6 +30,23 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"sampler": {"select": "all"}}, "`sampler.select`: expected one of draw, argmax"),
     ({"acquisition": {"name": "ucbb"}}, "`acquisition.name`: .* Did you mean `ucb`"),
     ({"acquisition": {"name": "max_member"}, "model": {"name": "linear"}}, "`acquisition.name`: .*members"),
+    ({"acquisition": {"name": "max_member"}, "model": {"name": "auto"}}, "`acquisition.name`: .*members"),
+    (
+        {"acquisition": {"name": "thompson"}, "model": {"name": "seiko"}},
+        "`acquisition.name`: 'thompson' draws functions .*model.name = 'seiko' has none",
+    ),
+    (
+        {"acquisition": {"name": "thompson"}, "model": {"name": "auto", "candidates": ["linear", "seiko"]}},
+        "`acquisition.name`: 'thompson' draws functions .*model.name = 'seiko' has none",
+    ),
+    (
+        {"search": {"operators": "global+restart", "parents": "thompson"}, "model": {"name": "seiko"}},
+        "`search.parents`: 'thompson' draws functions .*model.name = 'seiko' has none",
+    ),
+    ({"search": {"operators": "restart"}, "prior": {"num_steps": 1}}, "`search.operators`: 'restart' enters"),
+    ({"prompt_template": "{} and {}"}, "`prompt_template`"),
+    ({"good_prompt_template": "a {} {0}"}, "`good_prompt_template`"),
+    ({"model": {"name": "auto", "options": {"linear": 3}}}, "`model.options.linear`: expected a mapping"),
     ({"reward": {"name": "jpeg_compresibility"}}, "jpeg_compressibility"),
     ({"reward": {"name": "jpeg_compressibility", "qualty": 3}}, "quality"),
     ({"reward": {"nam": "jpeg_compressibility"}}, "unknown configuration key `reward.nam`. Did you mean `reward.name`"),
