@@ -110,7 +110,9 @@ class DiffusionEngine:
         """Designs and prompts -> features: of pictures those that the settings name, of anything else the design."""
         s = self.settings.features
         if self.kind is not IMAGES:
-            return RawFeatures(self.prior.decode(torch.zeros(1, *self.prior.event_shape)).numel())
+            return RawFeatures(
+                self.prior.decode(torch.zeros(1, *self.prior.event_shape, device=self.team.device)).numel()
+            )
         encoder = self.encoder if needs(s.kind) & {"latents", "network"} else None
         return make_features(s.path, s.kind, s.prompt_features, self.team.device, encoder, getattr(torch, s.dtype))
 
