@@ -12,7 +12,7 @@ from scipy import stats
 from torch import Tensor
 
 from tiltopt.errors import SurrogateError
-from tiltopt.surrogates.acquisition import AUGMENTATION, SMOOTHING, make_acquisition
+from tiltopt.surrogates.acquisition import AUGMENTATION, SMOOTHING, Chebyshev, make_acquisition
 from tiltopt.surrogates.io import load, save
 from tiltopt.surrogates.preference import fit_pairwise
 from tiltopt.surrogates.several import SeveralModel, hypervolume, log_feasible, reference_point
@@ -101,6 +101,20 @@ def test_the_mean_over_random_directions_is_the_hypervolume() -> None:
     draws = math.pi / 4 * (Y[None] / w[:, None]).amin(-1).amax(-1).square()
     error = 4 * float(draws.std()) / math.sqrt(len(draws))
     assert float(draws.mean()) == pytest.approx(hypervolume(Y, torch.zeros(2, dtype=torch.float64)), abs=error)
+
+
+def test_random_directions_find_a_dented_front_of_which_weighted_sums_find_the_ends(model: SeveralModel) -> None:
+    angle = torch.linspace(0, math.pi / 2, 1001, dtype=torch.float64)
+    Y = torch.stack([angle.cos() ** 3, angle.sin() ** 3], 1)  # between its ends below the line that joins them
+    reference, width = torch.full((2,), -0.1, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    normal = torch.randn(60, 2, generator=generator(), dtype=torch.float64).abs()
+    found, sums = [], []
+    for w in normal / normal.norm(dim=1, keepdim=True):
+        found.append(int(Chebyshev(model, 0.0, w, reference, width, Y)._scalar(Y).argmax()))
+        sums.append(int((Y * w).sum(1).argmax()))
+    whole = hypervolume(Y, reference)
+    assert hypervolume(Y[found], reference) > 0.95 * whole
+    assert hypervolume(Y[sums], reference) < 0.6 * whole
 
 
 def test_the_expected_gain_of_hypervolume_against_joint_draws(model: SeveralModel, data: tuple[Tensor, Tensor]) -> None:
