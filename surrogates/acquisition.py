@@ -254,8 +254,8 @@ class Chebyshev(nn.Module):
     s_i is how far an objective is above the reference point, in answers' ranges, and t_i = s_i / w_i; below the point,
     where no hypervolume is to be gained, t_i = s_i in every direction. With tau = 0 it is min_i t_i, which asks how far
     the front lies from the reference point in the direction w; the mean over all directions is the hypervolume, so that
-    random ones find the whole front, ends and dents included. Its gradient, however, sees one objective at a time, and a
-    chain that follows it is driven to and fro between them; the smooth minimum leads towards all that are nearly worst.
+    random ones find the whole front, ends and dents included. Its gradient, however, sees one objective at a time, and
+    drives a chain to and fro between them; the smooth minimum leads towards all that are nearly the worst.
     Source: Golovin and Zhang 2020, arXiv 2006.04655, lemma 5; Lin et al. 2024, arXiv 2402.19078, for the smooth
     minimum; Knowles 2006 (ParEGO) for the sum.
 
