@@ -417,7 +417,7 @@ class DiffusionEngine:
         shared = derive(self.settings.seed, "acquisition")
         groups = [(ask.seed, [ask]) for ask in asks[:PROBES]] if self._per_query else [(shared, list(asks[:PROBES]))]
         aims = [self._aim(model, data, plan, seed).acquisition for seed, _ in groups]
-        values = [self._values(lambda X, of=of: of(X.unsqueeze(-2)), self.pilot.final) for of in aims]
+        values = [self._values(lambda X, of=of: of(X.unsqueeze(-2)), self.pilot.final) for of in aims]  # type: ignore[misc]
         spread = sum(float(v.std()) for v in values) / len(values) or 1.0
 
         def cost(alpha: float) -> float | None:
