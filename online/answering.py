@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
+import numbers
 import os
 import reprlib
 import secrets
 import socket
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +197,8 @@ class Answering:
     def _take(self, number: Any, answer: Answer) -> None:
         """Keep one answer, with the noise that the settings ask for."""
         value, sem, outcomes = None, answer.sem, None
+        if self.objectives and not answer.failed and self._unmeasured(answer):
+            answer = replace(answer, value=math.nan)
         if not answer.failed and self.objectives:
             try:
                 outcomes = self._outcomes(number, answer)
@@ -211,6 +216,13 @@ class Answering:
             log.warning("an answer came too late: %s", error)
         if number > 0:
             self.hooks.on_answer(number, value)
+
+    def _unmeasured(self, answer: Answer) -> bool:
+        """Whether the answer is that one of the objectives has no value: NaN or -inf."""
+        raw = answer.raw if isinstance(answer.raw, Mapping) else {}
+        values = [raw.get(objective.name) for objective in self.objectives]
+        known = [v for v in values if isinstance(v, numbers.Real) and not isinstance(v, int)]
+        return any(math.isnan(v) or v == -math.inf for v in known)
 
     def _outcomes(self, number: Any, answer: Answer) -> dict[str, tuple[float, float | None]]:
         """Of an answer of several numbers those that are objectives, each with its noise. Raises RewardError."""

@@ -251,7 +251,8 @@ class Runner:
 
         Raises:
             RewardError: the black box said that it cannot be used at all. StoreError: from the ledger or `on_answer`.
-                Everything else that was asked is delivered before; items without an answer can be asked again.
+                Everything else that was asked is delivered before; items without an answer can be asked again. So it
+                is with whatever else `on_answer` and `on_progress` raise.
             KeyboardInterrupt: after a signal, when what was in flight has been delivered.
         """
         calls = _Calls(self, items, on_answer, on_progress)
@@ -315,7 +316,7 @@ class _Calls:
     arrivals: deque[tuple[int, Any]] = field(default_factory=deque)
     bell: threading.Event = field(default_factory=threading.Event)
     resolved: set[int] = field(default_factory=set)
-    problems: list[TiltoptError] = field(default_factory=list)
+    problems: list[Exception] = field(default_factory=list)
     stopped: Limit | Literal["stop_after"] | None = None
     death: str = ""
     interrupted: bool = False
@@ -357,7 +358,8 @@ class _Calls:
         if self.problems:
             more = f" (and {len(self.problems) - 1} more like it)" if len(self.problems) > 1 else ""
             first = self.problems[0]
-            first.args = (f"{first}{more}",)  # of any class, whatever else it takes
+            if isinstance(first, TiltoptError):
+                first.args = (f"{first}{more}",)  # of any class, whatever else it takes
             raise first
         remaining = tuple(item[0] for i, item in enumerate(self.items) if i not in self.resolved)
         if self.stopped == "stop_after":
@@ -593,7 +595,9 @@ class _Calls:
         id_ = self.items[position][0]
         try:
             self.on_answer(id_, answer)
-        except TiltoptError as error:
+            if self.on_progress is not None:
+                self.on_progress(len(self.resolved), len(self.items))
+        except Exception as error:  # of a listener, too: what others have been asked is awaited all the same
             self.problems.append(error)
         except KeyboardInterrupt:
             with contextlib.suppress(TiltoptError):
@@ -601,8 +605,6 @@ class _Calls:
             if self.interrupted:
                 raise
             self.interrupted = True
-        if self.on_progress is not None:
-            self.on_progress(len(self.resolved), len(self.items))
 
 
 class Window:

@@ -620,3 +620,25 @@ def test_nor_does_a_reason_that_is_no_text_while_the_database_is_away(
         monkeypatch.undo()
     with again(folder) as opt:
         assert [row.error for row in opt.store.in_state("failed")] == ["broken"] * 5
+
+
+@pytest.mark.parametrize("what", ["on_answer", "on_progress"])
+def test_a_listener_that_breaks_ends_the_run_and_loses_nothing_that_is_in_flight(folder: Path, what: str) -> None:
+    all_asked = threading.Barrier(5)
+
+    def together(image: Image.Image) -> float:
+        all_asked.wait(10)
+        return truth(image)
+
+    class Broken(Hook):
+        pass
+
+    def broken(self: Hook, *told: Any) -> None:
+        if what == "on_answer" or told[0] == "black box":
+            raise OSError("the terminal is gone")
+
+    setattr(Broken, what, broken)
+    with start(folder, rounds=0) as opt:
+        with pytest.raises(OSError, match="the terminal is gone"):
+            loop.run(opt, reward(together), hooks=Broken(), policy=CallPolicy(concurrency=5))
+        assert opt.store.counts()["answered"] == 5

@@ -410,6 +410,17 @@ def test_a_standard_error_that_is_none_costs_no_objective(tmp_path: Path) -> Non
         assert opt.store.outcomes()[1] == {"near": [1.5, None], "far": [1.5, 0.5]}
 
 
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_design_of_which_one_objective_cannot_be_measured_is_infeasible(tmp_path: Path, value: float) -> None:
+    """An answer, which is not asked for again, in whichever place it stands."""
+    said = iter([{"near": 1.0, "far": value}, {"near": value, "far": 1.0}] + [{"near": 1.0, "far": 2.0}] * 3)
+    with Optimizer.create(tmp_path / "run", TWO | {"rounds": 0}, engine=FakeEngine()) as opt:
+        assert loop.run(opt, FunctionReward("lab", "", 1, lambda images, prompts: [next(said)])).complete
+        assert [row.failure for row in opt.store.in_state("failed")] == ["infeasible"] * 2
+        assert len(opt.store.data(objectives_of(opt.settings)).failed) == 2
+        assert loop.ask_again(opt) == 0
+
+
 @pytest.mark.parametrize("value", [10**400, True, "1", math.nan, None])
 def test_numbers_of_an_objective_are_checked_as_single_answers_are(value: object) -> None:
     two = (Objective("a"), Objective("b"))
