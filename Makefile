@@ -9,10 +9,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-# one process that uses every core; without the last flag accelerate allows a CPU process one thread
 CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-	--num_cpu_threads_per_process $(CORES)
 
 # tests run in processes of one thread each; WORKERS=0 keeps them in pytest's own
 WORKERS ?= $(shell [ $(CORES) -lt 4 ] && echo $(CORES) || echo 4)
@@ -33,11 +30,12 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 bench-extra: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps pytorch-holo==0.0.5 pooch platformdirs
 
+# one process that uses every core; a launcher would end Ctrl+C with a traceback of its own
 demo: $(STAMP)
-	$(LAUNCH) online/main.py --config config/ucb.py:demo $(ARGS)
+	$(BIN)/python online/main.py --config config/ucb.py:demo $(ARGS)
 
 smoke: $(STAMP)
-	$(LAUNCH) online/main.py --config config/ucb.py:smoke $(ARGS)
+	$(BIN)/python online/main.py --config config/ucb.py:smoke $(ARGS)
 
 test: $(STAMP)
 	$(TEST) $(ARGS)

@@ -62,6 +62,14 @@ def test_a_release_has_one_version() -> None:
     assert version[1] == newest[1] == cited[1]
 
 
+@pytest.mark.parametrize("target", ["demo", "smoke"])
+def test_the_demo_is_started_without_a_launcher(target: str) -> None:
+    """On Ctrl+C accelerate's launcher prints a traceback of its own below the run's message."""
+    done = subprocess.run(["make", "-n", target, "ARGS=--more"], cwd=ROOT, capture_output=True, text=True, check=True)
+    told = done.stdout.splitlines()[-1]
+    assert re.fullmatch(rf"\S+/python online/main.py --config config/ucb.py:{target} --more", told)
+
+
 def test_imports_beside_a_stray_folder_of_the_same_name(wheel: Path, tmp_path: Path) -> None:
     """A user's own `online/` and `samplers/` must not shadow ours, nor ours theirs."""
     import zipfile as z

@@ -1,6 +1,6 @@
 """What a run costs when processes are killed, databases refuse, disks fill and clocks jump, by the black box's book.
 
-`python -m tests.fakes.faults --each 120 --seed 7` does more of the same; `benchmarks/results/faults.json` is what it
+`python -m tests.fakes.faults --each 200 --seed 7` does more of the same; `benchmarks/results/faults.json` is what it
 said.
 """
 
@@ -95,6 +95,13 @@ def test_a_query_that_was_answered_and_kept_is_not_asked_again(trial: Trial) -> 
     assert write(trial, *FIRST, *SECOND, *again) == [
         "1 queries that the next process had an answer of were asked again"
     ]
+
+
+def test_what_a_neighbour_asked_before_the_other_looked_was_not_asked_again(trial: Trial) -> None:
+    late = Attempt(2, Fault(), "complete", kept={"a"}, spent={"queries": 2, "calls": 2, "seconds": 0.0})
+    trial.generations[1] = [late]
+    trial.end = Seen(("a", "b"), Spent(2, 2, 0.0))
+    assert write(trial, (1, "asked", "a"), (1, "answered", "a"), *SECOND) == []
 
 
 def test_one_in_flight_at_a_kill_is(trial: Trial) -> None:

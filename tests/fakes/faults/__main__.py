@@ -1,4 +1,4 @@
-"""Faults by the hundred: `python -m tests.fakes.faults --each 120 --seed 7 --json benchmarks/results/faults.json`.
+"""Faults by the hundred: `python -m tests.fakes.faults --each 200 --seed 7 --json benchmarks/results/faults.json`.
 
 Prints, for every kind of run, how many faults of each sort struck and everything that went wrong.
 """

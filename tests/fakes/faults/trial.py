@@ -236,12 +236,13 @@ class Trial:
             unknown = _unknown(mine) | lost
             if killed and len(unknown) > killed * CONCURRENCY:
                 yield f"{len(unknown)} calls were of unknown fate when process {min(numbers)} was killed"
-            again = {line.key for line in lines if line.attempt > max(numbers) and line.event == "asked"} & kept
+            had = kept & {line.key for line in lines if line.attempt <= max(numbers)}  # not from those after it
+            again = {line.key for line in lines if line.attempt > max(numbers) and line.event == "asked"} & had
             if again and self.terms.get("on_unknown") != "leave":
                 yield f"{len(again)} queries that the next process had an answer of were asked again"
 
     def _kept_after(self, generation: list[Attempt]) -> set[str] | None:
-        """What the next process that opened the run found kept."""
+        """What the next process that opened the run found kept; a neighbour of it may have been at work already."""
         last = generation[-1].number
         found = (made.kept for made in self.attempts if made.number > last and made.kept is not None)
         return next(found, set(self.end.kept) if self.end.spent is not None else None)
