@@ -360,7 +360,7 @@ class DiffusersPrior(Shown):
     def _check_guidance_decoder(self) -> None:
         if self.vae is None:
             raise PriorError("`guidance_decoder`: this model is over pixels and decodes nothing; leave it out")
-        config = getattr(self.guidance_vae, "config", None)
+        config: Any = getattr(self.guidance_vae, "config", None)
         if not (hasattr(config, "latent_channels") and hasattr(config, "block_out_channels")):
             raise PriorError(
                 "`guidance_decoder` must be an AutoencoderTiny or the folder of one, got "

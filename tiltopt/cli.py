@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _joined(list(sys.argv[1:] if argv is None else argv))
     parser = make_parser()
     try:
-        [commands] = (action.choices or {} for action in parser._actions if action.dest == "command")
+        commands = next(a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction))
         named = next((word for word in arguments if not word.startswith("-")), None)
         if named is not None and named not in commands:
             parser.error(f"unknown command {named!r}.{did_you_mean(named, commands)} `tiltopt --help` lists all.")

@@ -23,7 +23,7 @@ from tiltopt.online.engine.feature_pilot import FeaturePilot
 from tiltopt.online.engine.in_memory import encoder_of, held_prior, named
 from tiltopt.online.engine.potential import AcquisitionPotential, Aim, aim, fit_several, model_of
 from tiltopt.online.engine.price import LEAST, bound, cost_of, first_price
-from tiltopt.online.engine.restarts import latents_of, law_of, origin_of, sampler_of
+from tiltopt.online.engine.restarts import check_noise, latents_of, law_of, origin_of, sampler_of
 from tiltopt.online.hooks import OnStep
 from tiltopt.online.places import place_of
 from tiltopt.online.queries import Ask, Drawn, Observations, Plan
@@ -110,7 +110,9 @@ class DiffusionEngine:
         """Designs and prompts -> features: of pictures those that the settings name, of anything else the design."""
         s = self.settings.features
         if self.kind is not IMAGES:
-            return RawFeatures(self.prior.decode(torch.zeros(1, *self.prior.event_shape)).numel())
+            return RawFeatures(
+                self.prior.decode(torch.zeros(1, *self.prior.event_shape, device=self.team.device)).numel()
+            )
         encoder = self.encoder if needs(s.kind) & {"latents", "network"} else None
         return make_features(s.path, s.kind, s.prompt_features, self.team.device, encoder, getattr(torch, s.dtype))
 
@@ -154,6 +156,7 @@ class DiffusionEngine:
         """Rows and levers that fit, where the settings leave them to the device; once per process. Collective."""
         if self.kind is IMAGES:
             self.encoder  # noqa: B018  where designs are no pictures, this says so
+        check_noise(make_loop_sampler(self.settings.sampler), self.prior)
         if self.settings.prior.memory != "auto" or self._settled:
             return
         chosen = memory.settle(self._folder, self.team, self.prior, **self.what_is_tried())
@@ -198,8 +201,7 @@ class DiffusionEngine:
         """Particles of a group's queries, and at which of the first ones each of them began, both (B, P, ...)."""
         start, lineage = group[0][1].start, Lineage(tick)
         if potential is not None:
-            whole = self.prior.num_steps
-            sampler, num_particles = sampler_of(sampler, num_particles, start, num_steps=whole, rows=self._rows)
+            sampler, num_particles = sampler_of(sampler, num_particles, start, prior=self.prior, rows=self._rows)
         samples = sampler.sample(
             law_of(self.prior, start),
             potential,  # type: ignore[arg-type]  # plain samples need none
@@ -415,7 +417,7 @@ class DiffusionEngine:
         shared = derive(self.settings.seed, "acquisition")
         groups = [(ask.seed, [ask]) for ask in asks[:PROBES]] if self._per_query else [(shared, list(asks[:PROBES]))]
         aims = [self._aim(model, data, plan, seed).acquisition for seed, _ in groups]
-        values = [self._values(lambda X, of=of: of(X.unsqueeze(-2)), self.pilot.final) for of in aims]
+        values = [self._values(lambda X, of=of: of(X.unsqueeze(-2)), self.pilot.final) for of in aims]  # type: ignore[misc]
         spread = sum(float(v.std()) for v in values) / len(values) or 1.0
 
         def cost(alpha: float) -> float | None:

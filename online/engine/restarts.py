@@ -9,13 +9,23 @@ import torch
 from torch import Tensor
 
 from tiltopt.designs import IMAGES, DesignType, to_designs
-from tiltopt.errors import PriorError
+from tiltopt.errors import ConfigError, PriorError
 from tiltopt.online.queries import FROM_NOISE, Ask, Origin, Start
 from tiltopt.online.seeds import generator
-from tiltopt.samplers import BestOfN, Sampler
+from tiltopt.samplers import BestOfN, Demon, Sampler
 from tiltopt.samplers.micro_batch import RowLimit
 from tiltopt.samplers.restart import Restart
 from tiltopt.samplers.twisted import Tempered
+
+
+def check_noise(sampler: Any, prior: Any) -> None:
+    """Raises ConfigError for a sampler that guides through noise, on a chain that has none."""
+    if sampler.needs_noise and not any(prior.std(k) > 0 for k in range(prior.num_steps)):
+        raise ConfigError(
+            f"`sampler.name`: {type(sampler).__name__} acts through the noise of steps, and none of the "
+            f"{prior.num_steps} steps of this prior has any. Set more prior.num_steps and prior.eta > 0, or "
+            "sampler.name=best_of_n."
+        )
 
 
 def law_of(prior: Any, start: Start | None) -> Any:
@@ -36,19 +46,26 @@ def law_of(prior: Any, start: Start | None) -> Any:
 
 
 def sampler_of(
-    sampler: Sampler, num_particles: int, start: Start | None, *, num_steps: int, rows: RowLimit
+    sampler: Any, num_particles: int, start: Start | None, *, prior: Any, rows: RowLimit
 ) -> tuple[Sampler, int]:
     """The sampler and the number of particles of tilted queries that start from there.
 
+    Where no step with noise is left, nothing can be guided: the particles, which differ in the noise that they were
+    given, are weighed.
+
     Args:
-        num_steps: of the whole chain.
+        prior: with the whole chain.
         rows: per network call.
     """
     if start is None:
         return sampler, num_particles
     if start.operator == "pool":
         return BestOfN(micro_batch=rows), start.pool
-    return (sampler.entered_at(start.k0, num_steps) if isinstance(sampler, Tempered) else sampler), num_particles
+    steps = prior.num_steps
+    acts = sampler.needs_noise or isinstance(sampler, Demon)  # which walks a chain that is entered half-way
+    if acts and not any(prior.std(k) > 0 for k in range(start.k0, steps)):
+        return BestOfN(micro_batch=rows), num_particles
+    return (sampler.entered_at(start.k0, steps) if isinstance(sampler, Tempered) else sampler), num_particles
 
 
 def origin_of(prior: Any, ask: Ask, num_particles: int, root: int) -> Origin:

@@ -338,7 +338,13 @@ def _name(axes: Axes, x_name: str, y_name: str) -> None:
 
 def _label(axes: Axes, text: str, x: float, y: float, shift: tuple[float, float], side: str) -> None:
     """A text above everything else; the style sheet gives it an outline of the page's colour."""
-    style = {"fontsize": SIZE, "color": COLOURS["muted"], "fontweight": "bold", "ha": side, "va": "center"}
+    style: dict[str, Any] = {
+        "fontsize": SIZE,
+        "color": COLOURS["muted"],
+        "fontweight": "bold",
+        "ha": side,
+        "va": "center",
+    }
     axes.annotate(text, (x, y), shift, textcoords="offset points", zorder=9, gid="class:label", **style)
 
 
@@ -354,7 +360,12 @@ def _interval(axes: Axes, x: Mapping[str, Any], y: Mapping[str, Any], colour: st
 
 def _front(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
     corners = sorted(points)
-    dashed = {"color": COLOURS["prior"], "linewidth": 1.5, "linestyle": (0, (7, 5)), "gid": "class:front"}
+    dashed: dict[str, Any] = {
+        "color": COLOURS["prior"],
+        "linewidth": 1.5,
+        "linestyle": (0, (7, 5)),
+        "gid": "class:front",
+    }
     axes.plot([x for x, _ in corners], [y for _, y in corners], **dashed)
 
 

@@ -9,7 +9,7 @@ from tiltopt.online.queries import maximised
 from tiltopt.online.report import charts, gallery
 from tiltopt.online.report.page import image_uri
 from tiltopt.online.report.record import RunRecord, summarise
-from tiltopt.online.report.text import DECIMALS, blind_told, columns, how_drawn, lift_told
+from tiltopt.online.report.text import DECIMALS, blind_told, columns, how_drawn, lift_told, price_told
 from tiltopt.online.settings.run import flat
 from tiltopt.online.settings.source import ASK_TELL, PERSON
 
@@ -43,6 +43,7 @@ def context(record: RunRecord, per_round: int) -> dict[str, Any]:
         "tiles": _tiles(summary, places, unit),
         "verdict": _verdict(summary, places, unit),
         "lift": lift_told(summary) if summary.get("kind") != "evaluation" else "",
+        "price": price_told(summary),
         "curve_wide": charts.reward_curve(**curve),
         "curve_narrow": charts.reward_curve(**curve, width=420, height=320),
         "thinned": len(answered) > charts.MAX_DOTS,

@@ -7,6 +7,7 @@ from typing import Any
 
 from tiltopt.online.hooks import drawn_by
 from tiltopt.online.report.numbers import PLAIN_NEEDED, TAIL
+from tiltopt.surrogates.acquisition import ACQUISITIONS
 
 ROUND_COLUMNS = (
     ("round", "round"),
@@ -60,6 +61,25 @@ def lift_told(summary: Mapping[str, Any]) -> str:
         f"lift {last['mass_lift']:.1f}: {100 * TAIL * last['mass_lift']:.0f} % of the last round lies above the "
         f"prior's 95th percentile, as {100 * TAIL:.0f} % of plain samples do"
     )
+
+
+def price_told(summary: Mapping[str, Any]) -> str:
+    """What the price of a nat means, in numbers of the last tilted round; empty before the first."""
+    rounds = reversed(summary.get("rounds", ()))
+    last: Mapping[str, Any] = next((row for row in rounds if row.get("alpha") is not None), {})
+    if not last:
+        return ""
+    settings = summary.get("settings", {})
+    acquisition = ACQUISITIONS.get(dict(settings.get("acquisition", {})).get("name", ""))
+    own = {"nats": "nats of the acquisition", "spread": "spreads of the answers"}
+    unit = own.get(acquisition.unit if acquisition else "reward", summary.get("unit") or "reward")
+    told = f"α {last['alpha']:.4g} {unit} per nat: so much more must be hoped for to go a nat further from the prior"
+    budget = dict(settings.get("sampler", {})).get("budget_nats")
+    if last.get("nats_mean") is not None:
+        told += f"; the last queries went {last['nats_mean']:.1f} nats" + (
+            f", {budget:g} are allowed" if budget else ""
+        )
+    return told
 
 
 def blind_told(summary: Mapping[str, Any]) -> str:
@@ -124,7 +144,7 @@ def round_table(summary: Mapping[str, Any]) -> str:
             f"prior: mean {cell(prior['mean'])}, 95th percentile {cell(prior.get('p95'))}{unit} "
             f"({count}{what}{_fidelity(prior.get('fidelity'))}{share})"
         )
-    lines += [told for told in (lift_told(summary),) if told]
+    lines += [told for told in (price_told(summary), lift_told(summary)) if told]
     if summary.get("best_of_n") is not None:
         lines.append(f"best-of-N with as many queries: {cell(summary['best_of_n'])}{unit}")
     lines += [told for told in (blind_told(summary),) if told]

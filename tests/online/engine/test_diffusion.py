@@ -14,7 +14,7 @@ from PIL import Image
 from tests.fakes.counted import counted
 from tests.fakes.tiny import tiny_clip, tiny_pipeline
 from tiltopt.designs import to_designs, to_images
-from tiltopt.errors import SurrogateError
+from tiltopt.errors import ConfigError, SurrogateError
 from tiltopt.online.engine.diffusion import DiffusionEngine
 from tiltopt.online.engine.feature_pilot import FILE, FeaturePilot
 from tiltopt.online.engine.price import next_price
@@ -228,6 +228,36 @@ def test_every_sampler_goes_on_from_a_design(settings: Settings, first: list[Dra
     drawn = engine.draw(engine.fit(data, 1), data, from_parents(engine, first[:2], asks(settings, 1, 2), 2),
                         Plan(alpha=0.5, beta=1.0))  # fmt: skip
     assert all(d.origin.parents[0] in (1, 2) and d.origin.k0 == 2 for d in drawn)
+
+
+@pytest.fixture(scope="module")
+def ending(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """On a chain whose last step has no noise, as most published ones."""
+    folder = tiny_pipeline(tmp_path_factory.mktemp("ending"), set_alpha_to_one=True)
+    return replace(settings, prior=replace(settings.prior, path=str(folder)))
+
+
+@pytest.mark.parametrize("name", ["das", "guidance", "demon"])
+def test_a_chain_entered_where_no_noise_is_left_weighs_what_it_was_given(
+    ending: Settings, first: list[Drawn], name: str
+) -> None:
+    engine = DiffusionEngine(replace(ending, sampler=replace(ending.sampler, name=name)))
+    assert [engine.prior.std(k) > 0 for k in range(4)] == [True, True, True, False]
+    data = data_of(first)
+    drawn = engine.draw(engine.fit(data, 1), data, from_parents(engine, first[:2], asks(ending, 1, 2), 3),
+                        Plan(alpha=0.5, beta=1.0))  # fmt: skip
+    assert all(d.origin.parents[0] in (1, 2) and d.origin.k0 == 3 for d in drawn)
+
+
+def test_a_chain_without_any_noise_is_refused_before_anything_is_asked(ending: Settings, tmp_path: Path) -> None:
+    one = replace(ending, prior=replace(ending.prior, num_steps=1))
+    with Optimizer.create(tmp_path / "run", one) as opt:
+        with pytest.raises(ConfigError, match="none of the 1 steps of this prior has any"):
+            opt.ask(CHAINS)
+        assert sum(opt.store.counts().values()) == 0
+    unguided = replace(one, sampler=replace(one.sampler, name="best_of_n"))
+    with Optimizer.create(tmp_path / "other", unguided) as opt:
+        assert len(opt.ask(2)) == 2
 
 
 @pytest.mark.parametrize("name", ["thompson", "log_ei", "mean", "qucb", "qlog_nei"])

@@ -87,6 +87,17 @@ def test_what_is_not_known_now_stays_as_it_was_written(small: RunRecord) -> None
     assert summarise(load_run(small.folder)) == written
 
 
+def test_what_a_price_means_is_told_with_the_rounds(small: RunRecord) -> None:
+    summary = summarise(small, unit="kB")
+    meaning = "α 0.1 kB per nat: so much more must be hoped for to go a nat further from the prior"
+    assert f"{meaning}; the last queries went 52.5 nats, 48 are allowed" in round_table(summary)
+    priced = summary | {"settings": {"sampler": {"budget_nats": None}, "acquisition": {"name": "log_ei"}}}
+    told = round_table(priced)
+    assert "α 0.1 nats of the acquisition per nat" in told
+    assert "are allowed" not in told, "this run was priced by hand"
+    assert "per nat" not in round_table(summary | {"rounds": summary["rounds"][:1]})
+
+
 def test_the_unit_is_known_as_soon_as_a_round_is_summarised(small: RunRecord) -> None:
     """Before the run ends and writes it into its own summary."""
     assert summarise(small)["unit"] == ""

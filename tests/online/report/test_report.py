@@ -98,6 +98,8 @@ def test_page_is_self_contained(run):
     assert all(address.startswith(("data:image/", "#")) for address in page.addresses)
     assert not re.search(r"url\(|@import|https?://(?!www.w3.org/2000/svg)", path.read_text())
     assert path.stat().st_size < 2e6
+    for template in (Path(charts.__file__).parent / "templates").glob("*.j2"):
+        assert 'loading="lazy"' not in template.read_text(), "a picture far down is not there when the page is captured"
 
 
 def test_page_says_what_the_files_say(run):
