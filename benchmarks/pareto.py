@@ -71,8 +71,8 @@ def search(acquisition: str, seed: int, *, rounds: int = 5, batch: int = 8, pool
         )
         model = fit_several("linear", data, generator(seed, "fit", round_))
         for i in range(batch):
-            own = generator(seed, "query", round_, i if acquisition == "chebyshev" else 0)
-            wanted = aim(acquisition, model, data, beta=0.25, generator=own).acquisition
+            own = generator(seed, "acquisition")
+            wanted = aim(acquisition, model, data, beta=0.25, generator=own, turn=len(x)).acquisition
             near = torch.rand(pool, 4, generator=generator(seed, "pool", round_, i), dtype=torch.float64)
             with torch.no_grad():
                 log_w = wanted(torch.cat([near, near**2], dim=1).unsqueeze(-2)) / ALPHA[acquisition]

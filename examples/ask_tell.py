@@ -1,6 +1,6 @@
 """Drive a run from your own code: ask for designs, measure them your way, tell the results. Stop it whenever you like.
 
-    python examples/ask_tell.py [FOLDER]      # run it again to continue where it was left
+    python examples/ask_tell.py [FOLDER]      # a temporary one by default; give it again to go on where it was left
 
 Uses the embedded prior, needs no network and about a minute on two CPU cores.
 """
@@ -8,6 +8,7 @@ Uses the embedded prior, needs no network and about a minute on two CPU cores.
 from __future__ import annotations
 
 import sys
+import tempfile
 
 import numpy as np
 from PIL import Image
@@ -32,6 +33,7 @@ def my_lab(image: Image.Image) -> float:
 
 def main(folder: str) -> None:
     """Three batches of questions and answers."""
+    print(f"run {folder}")
     exists = tiltopt.Optimizer.exists(folder)
     with tiltopt.Optimizer.open(folder) if exists else tiltopt.Optimizer.create(folder, CONFIG) as opt:
         for query in opt.pending():  # asked before the last stop, never answered
@@ -49,4 +51,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "checkpoints/ask_tell")
+    main(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp(prefix="tiltopt-"))

@@ -27,4 +27,5 @@ async def score(request: Request) -> JSONResponse:
 app = Starlette(routes=[Route("/score", score, methods=["POST"])])
 
 if __name__ == "__main__":
+    print("scores POST http://127.0.0.1:8765/score until it is interrupted", flush=True)
     uvicorn.run(app, host="127.0.0.1", port=8765, log_level="warning")

@@ -1,7 +1,13 @@
 """A denoiser of one's own: points on a ring, learnt in 20 lines, then drawn again with the right side preferred.
 
-Writes own_denoiser.png: the data, the prior's samples, and samples of the prior times exp(x / alpha).
+    python examples/own_denoiser.py [FOLDER]      # a temporary one by default
+
+Draws the data, the prior's samples, and samples of the prior times exp(x / alpha) beside each other.
 """
+
+import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,6 +17,7 @@ from torch import nn
 import tiltopt
 from tiltopt.samplers import PriorOnly, TorchPrior
 
+folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp(prefix="tiltopt-"))
 source = torch.Generator().manual_seed(0)
 angle = 2 * torch.pi * torch.rand(20_000, 1, generator=source)
 data = torch.cat([angle.cos(), angle.sin()], 1) * 1.2 + 0.1 * torch.randn(20_000, 2, generator=source)
@@ -50,7 +57,8 @@ for points in clouds:
     counts = np.histogram2d(y, x, bins=80, range=[[-2, 2]] * 2)[0]
     panels.append(255 - 255 * np.minimum(counts[::-1], 2) / 2)
 picture = Image.fromarray(np.hstack(panels).astype(np.uint8))
-picture.resize((1200, 400), Image.Resampling.NEAREST).save("own_denoiser.png")
+picture.resize((1200, 400), Image.Resampling.NEAREST).save(folder / "points.png")
+print(f"drew {folder / 'points.png'}")
 print("mean x of the data, the prior, the tilted prior:", [round(float(points[:, 0].mean()), 2) for points in clouds])
 truth = (data[:, 0] / 0.5).exp().mean().log()
 print(f"log E[exp(x / alpha)]: {truth:.2f} over the data, {tilted.log_z.exp().mean().log():.2f} by the sampler")

@@ -47,7 +47,7 @@ from tiltopt.online.settings.source import ASK_TELL, Source, how_to_go_on, presu
 from tiltopt.online.store import backup, files, run_folder
 from tiltopt.online.store.rows import origin_of
 from tiltopt.online.store.store import Store
-from tiltopt.online.team import Kept, Team, on_main, with_peers
+from tiltopt.online.team import Kept, Team, device_of, on_main, with_peers
 
 if TYPE_CHECKING:
     from tiltopt.online.engine.diffusion import DiffusionEngine
@@ -60,11 +60,12 @@ class Optimizer:
     """
 
     def __init__(
-        self, folder: Path, settings: Settings, team: Team, engine: Engine | None, store: Store | None, lock: Any
+        self, folder: Path, settings: Settings, team: Team | None, engine: Engine | None, store: Store | None, lock: Any
     ) -> None:
         self.folder = folder
         self.settings = settings
-        self.team = team
+        self.team = team if team is not None else Team()
+        self._given = team  # None: one process, which draws on the device that the settings name
         self._engine = engine
         self._store = store
         self._lock = lock
@@ -97,7 +98,7 @@ class Optimizer:
             prior: one in memory in place of `prior.path`, such as a StableDiffusionPipeline, used as it stands with the
                 adapters that are loaded into it. The run records its fingerprint and goes on with no other.
             engine: what draws and fits; None for the diffusion model that the settings name, loaded when first needed.
-            team: the processes of the run; None for those of the engine, or this one alone.
+            team: the processes of the run; None for those of the engine, or this one alone on the settings' device.
             store_url: SQLAlchemy URL of a shared database; None for `queries.sqlite` in the folder.
 
         Raises:
@@ -177,7 +178,7 @@ class Optimizer:
         read_only: bool,
         opening: Callable[[], tuple[Store, Settings]],
     ) -> Optimizer:
-        team = team if team is not None else (engine.team if engine is not None else Team())
+        team = team if team is not None else (engine.team if engine is not None else None)
 
         def start() -> tuple[Settings, Kept[Store], Kept[run_folder.Right | None]]:
             lock = None if read_only or run_folder.is_shared(folder) else run_folder.lock(folder)
@@ -189,7 +190,7 @@ class Optimizer:
                 raise
             return settings, Kept(store), Kept(lock)
 
-        settings, store, lock = on_main(team, start)
+        settings, store, lock = on_main(team or Team(), start)
         return cls(folder, settings, team, engine, store.or_none, lock.or_none)
 
     # ---- asking
@@ -643,7 +644,8 @@ class Optimizer:
         if self._engine is None:
             from tiltopt.online.engine.diffusion import DiffusionEngine
 
-            self._engine = DiffusionEngine(self.settings, self.team)
+            team = self._given if self._given is not None else Team(device=device_of(self.settings.device))
+            self._engine = DiffusionEngine(self.settings, team)
         return self._engine
 
     def close(self) -> None:

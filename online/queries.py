@@ -342,7 +342,7 @@ def batch_size(n: Any, most: int) -> int:
 
 def strength_of(strength: Any) -> float:
     """`strength` as a share of the noise."""
-    number = strength if isinstance(strength, numbers.Real) and not isinstance(strength, bool) else math.nan
+    number: Any = strength if isinstance(strength, numbers.Real) and not isinstance(strength, bool) else math.nan
     if not 0 < number <= 1:
         raise ConfigError(
             f"expected `strength` in (0, 1] (near 0 keeps the design, 1 is a fresh sample), got {_short(strength)}."

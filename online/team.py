@@ -54,7 +54,7 @@ class Team:
                 "Start them with torchrun, or with `accelerate launch --multi_gpu --num_processes N` "
                 "(ACCELERATE_USE_CPU=1 on CPUs)."
             )
-        chosen = accelerator.device if device == "auto" else torch.device(device)
+        chosen = accelerator.device if device == "auto" else device_of(device)
         return cls(accelerator.process_index, accelerator.num_processes, chosen)
 
     @property
@@ -100,6 +100,20 @@ class Team:
         if self.size > 1 and dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
+
+
+def device_of(name: str) -> torch.device:
+    """The device that a setting names; for "auto" the accelerator of this machine, else its processor.
+
+    Raises:
+        ConfigError: it is not here.
+    """
+    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    here = there if there is not None else torch.device("cpu")
+    device = here if name == "auto" else torch.device(name)
+    if device.type not in ("cpu", here.type):
+        raise ConfigError(f"`device`: expected cpu or {here.type}, which this machine has, got {name!r}.")
+    return device
 
 
 class Kept(Generic[T]):

@@ -25,6 +25,7 @@ from botorch.sampling.index_sampler import IndexSampler
 from botorch.sampling.list_sampler import ListSampler
 from botorch.sampling.normal import SobolQMCNormalSampler
 from botorch.utils.multi_objective.pareto import is_non_dominated
+from scipy.special import betaincinv
 from torch import Generator, Tensor, nn
 
 from tiltopt.errors import ConfigError, SurrogateError
@@ -41,7 +42,7 @@ AUGMENTATION = 0.05
 SMOOTHING = 0.25
 """How far apart objectives are, in answers' ranges, of which the worse one alone counts."""
 
-Need = Literal["beta", "best_f", "X_pending", "X_baseline", "generator", "members", "draws", "Y", "reference"]
+Need = Literal["beta", "best_f", "X_pending", "X_baseline", "generator", "members", "draws", "Y", "reference", "turn"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,7 @@ class Given:
         Y: (n, m), answers of m objectives, reward units; their ranges make the objectives comparable. The same ones for
             a whole run, so that a price means the same in every round.
         reference: (m,), what hypervolume is measured from, reward units.
+        turn: of a query among those whose draws are to be spread evenly, and which share a generator.
     """
 
     model: Any
@@ -68,6 +70,7 @@ class Given:
     generator: Generator | None = None
     Y: Tensor | None = None
     reference: Tensor | None = None
+    turn: int = 0
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ def make_acquisition(name: str, model: Model, **given: Any) -> Acquisition:
     | qucb | Monte-Carlo UCB of x jointly with the points already asked | beta, generator |
     | qlog_ei | the same for log EI | best_f, generator |
     | qlog_nei | log EI over the unknown best of the answered designs; for noisy answers | X_baseline, generator |
-    | chebyshev | of several: a random Chebyshev scalarisation of their UCBs | beta, generator, Y, reference |
+    | chebyshev | of several: a random Chebyshev scalarisation of their UCBs | beta, generator, Y, reference, turn |
     | qlog_nehvi | of several: log expected gain of hypervolume | X_baseline, generator, reference |
 
     sigma is that of f, without the noise of an answer. Values are in the entry's unit.
@@ -254,8 +257,8 @@ class Chebyshev(nn.Module):
     s_i is how far an objective is above the reference point, in answers' ranges, and t_i = s_i / w_i; below the point,
     where no hypervolume is to be gained, t_i = s_i in every direction. With tau = 0 it is min_i t_i, which asks how far
     the front lies from the reference point in the direction w; the mean over all directions is the hypervolume, so that
-    random ones find the whole front, its ends included. Its gradient, however, sees one objective at a time, and a
-    chain that follows it is driven to and fro between them; the smooth minimum leads towards all that are nearly worst.
+    random ones find the whole front, ends and dents included. Its gradient, however, sees one objective at a time, and
+    drives a chain to and fro between them; the smooth minimum leads towards all that are nearly the worst.
     Source: Golovin and Zhang 2020, arXiv 2006.04655, lemma 5; Lin et al. 2024, arXiv 2402.19078, for the smooth
     minimum; Knowles 2006 (ParEGO) for the sum.
 
@@ -287,12 +290,31 @@ class Chebyshev(nn.Module):
         return worst + AUGMENTATION * share.sum(dim=-1)
 
 
+def direction(m: int, turn: int, generator: Generator | None) -> Tensor:
+    """A positive direction (m,) of length 1, uniform for a random generator; those of successive turns, and of every
+    k-th turn, lie evenly.
+
+    The coordinates of a uniform direction follow one after another from m - 1 uniform numbers (of those left, the next
+    one's square is Beta(1/2, (left - 1) / 2)), and these from the additive recurrence of the generalised golden ratio
+    (Roberts 2018, "The unreasonable effectiveness of quasirandom sequences"), shifted at random.
+    """
+    ratio = 2.0
+    for _ in range(64):  # the root of x^m = x + 1
+        ratio = (1 + ratio) ** (1 / m)
+    shift = torch.rand(m - 1, generator=generator, dtype=torch.float64).tolist()
+    rest, squares = 1.0, []
+    for i, start in enumerate(shift, start=1):
+        share = float(betaincinv(0.5, (m - i) / 2, (start + turn * ratio**-i) % 1.0))
+        squares.append(rest * share)
+        rest *= 1 - share
+    weights = torch.tensor([*squares, rest], dtype=torch.float64).clamp_min(0).sqrt().clamp_min(1e-3)
+    return weights / weights.norm()
+
+
 def _chebyshev(given: Given) -> nn.Module:
     assert given.Y is not None
     assert given.reference is not None
-    normal = torch.randn(given.Y.shape[1], generator=given.generator, dtype=torch.float64)
-    direction = normal.abs().clamp_min(1e-3 * float(normal.norm()))
-    weights = (direction / direction.norm()).to(given.Y.device)
+    weights = direction(given.Y.shape[1], given.turn, given.generator).to(given.Y.device)
     width = given.Y.amax(dim=0) - given.Y.amin(dim=0)
     return Chebyshev(given.model, given.beta, weights, given.reference, torch.where(width > 0, width, 1.0), given.Y)
 
@@ -372,7 +394,11 @@ ACQUISITIONS: dict[str, Entry] = {
     "qlog_ei": Entry(_qlog_ei, frozenset({"best_f", "X_pending", "generator"}), unit="nats"),
     "qlog_nei": Entry(_qlog_nei, frozenset({"X_baseline", "X_pending", "generator"}), unit="nats"),
     "chebyshev": Entry(
-        _chebyshev, frozenset({"beta", "generator", "Y", "reference"}), unit="spread", per_query=True, several=True
+        _chebyshev,
+        frozenset({"beta", "generator", "Y", "reference", "turn"}),
+        unit="spread",
+        per_query=True,
+        several=True,
     ),
     "qlog_nehvi": Entry(
         _qlog_nehvi, frozenset({"X_baseline", "X_pending", "generator", "reference"}), unit="nats", several=True

@@ -219,7 +219,7 @@ class RawFeatures:
     def __init__(self, dim: int) -> None:
         self.dim = dim
         self.id = f"raw-{dim}"
-        self.blocks = (dim,)
+        self.blocks: tuple[int, ...] = (dim,)
 
     def __call__(self, designs: Tensor, prompts: Sequence[str] | None = None) -> Tensor:
         """(n, *design) -> (n, d), no change of values."""

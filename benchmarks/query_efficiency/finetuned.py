@@ -21,7 +21,7 @@ from benchmarks.query_efficiency.plain import CachedPlain
 from tiltopt.errors import TiltoptError
 from tiltopt.online.hooks import OnStep
 from tiltopt.online.queries import Ask, Drawn, Observations, Plan
-from tiltopt.online.seeds import derive, generator
+from tiltopt.online.seeds import generator
 from tiltopt.online.settings.run import Settings
 from tiltopt.samplers import PriorOnly
 from tiltopt.samplers.diffusers_prior import load_prior
@@ -55,7 +55,7 @@ class FineTuned(CachedPlain):
         s, source = self.settings, generator(self.settings.seed, "finetune", asks[0].round)
         own = load_prior(s.prior.path, **s.prior.arguments(), device=self.team.device)
         policy = LoRAPolicy(own, RANK, source)
-        acquisition = self._aim(model, data, plan, derive(s.seed, "acquisition")).acquisition
+        acquisition = self._aim(model, data, plan).acquisition
 
         def reward(x: Tensor, cond: Conditioning) -> Tensor:
             return acquisition(self.feature_map(own.decode(x), cond.prompts).double().unsqueeze(-2))

@@ -39,7 +39,7 @@ from tiltopt.online.runner import CallPolicy, Fault, Runner, Stop
 from tiltopt.online.seeds import generator, query_seed
 from tiltopt.online.settings.cost import Cost, budgeted, in_words, steps_of
 from tiltopt.online.settings.samplers import make_sampler, select_rule
-from tiltopt.online.settings.validation import check_path, check_sampler, check_tracker
+from tiltopt.online.settings.validation import check_device, check_path, check_sampler, check_tracker
 from tiltopt.online.store.files import image_path, read_json, write_atomic, write_designs, write_json
 from tiltopt.online.team import Team, on_main
 from tiltopt.rewards.base import Answer, BlackBox
@@ -100,6 +100,7 @@ def check(settings: DirectSettings) -> None:
     settings.all_prompts()
     check_sampler(settings.sampler, settings.prior)
     check_tracker(settings.tracker)
+    check_device(settings.device)
     if not settings.reward.name:
         raise ConfigError("`reward.name`: expected the reward to sample for, got none; see docs/rewards.md.")
     rewards.validate(settings.reward.name, settings.reward.options)

@@ -182,10 +182,10 @@ class DiffusionEngine:
         rows, particles = self.settings.micro_batch, self.settings.sampler.num_particles
         groups = self._deal(asks, 1 if per_query else rows // math.gcd(rows, particles))  # whole calls, none half empty
         tick = self._counter(on_step, groups)
-        shared = None if per_query else self._tilt(model, data, plan, derive(self.settings.seed, "acquisition"))
+        shared = None if per_query else self._tilt(model, data, plan)
         out: list[tuple[int, Drawn]] = []
         for group in groups:
-            potential, sampler = shared or self._tilt(model, data, plan, group[0][1].seed)
+            potential, sampler = shared or self._tilt(model, data, plan, group[0][1])
             drawn = self._sample(group, sampler, potential, self.settings.sampler.num_particles, tick)
             out += self._finish(group, *drawn, model, potential)
         return self.team.collect(out, len(asks))
@@ -216,22 +216,28 @@ class DiffusionEngine:
         starts = [group[0][1].start for group in groups]
         return StepCounter(on_step, sum(self.prior.num_steps - (start.k0 if start else 0) for start in starts))
 
-    def _tilt(self, model: Model, data: Observations, plan: Plan, seed: int) -> tuple[AcquisitionPotential, Sampler]:
+    def _tilt(
+        self, model: Model, data: Observations, plan: Plan, ask: Ask | None = None
+    ) -> tuple[AcquisitionPotential, Sampler]:
         """What is sampled, and by what: the acquisition over its price, and the sampler calibrated to it."""
         if plan.alpha is None:
             raise TiltoptError("expected `alpha` in the plan, or `budget`; got neither.")
-        acquisition, feasible = self._aim(model, data, plan, seed)
+        acquisition, feasible = self._aim(model, data, plan, ask)
         potential = AcquisitionPotential(acquisition, self.feature_map, plan.alpha, feasible)
         return potential, self._sampler(potential, plan)
 
-    def _aim(self, model: Model, data: Observations, plan: Plan, seed: int) -> Aim:
+    def _aim(self, model: Model, data: Observations, plan: Plan, ask: Ask | None = None) -> Aim:
+        """`ask`: whose own acquisition it is; None: that of all queries."""
         wanted = self.settings.acquisition
+        even = ask is None or "turn" in ACQUISITIONS[wanted.name].needs
+        seed = derive(self.settings.seed, "acquisition") if even or ask is None else ask.seed
         return aim(
             wanted.name,
             model,
             data,
             beta=plan.beta,
             generator=generator(seed, "acquisition"),
+            turn=0 if ask is None else ask.number,
             learn_failures=wanted.feasibility,
         )
 
@@ -414,17 +420,18 @@ class DiffusionEngine:
         """The price of a round; where no round has shown what it costs, queries are drawn to see. Collective."""
         if plan.budget is None:
             return plan.alpha
-        shared = derive(self.settings.seed, "acquisition")
-        groups = [(ask.seed, [ask]) for ask in asks[:PROBES]] if self._per_query else [(shared, list(asks[:PROBES]))]
-        aims = [self._aim(model, data, plan, seed).acquisition for seed, _ in groups]
-        values = [self._values(lambda X, of=of: of(X.unsqueeze(-2)), self.pilot.final) for of in aims]
+        probes = list(asks[:PROBES])
+        groups: list[tuple[Ask | None, list[Ask]]] = [(ask, [ask]) for ask in probes]
+        groups = groups if self._per_query else [(None, probes)]
+        aims = [self._aim(model, data, plan, ask).acquisition for ask, _ in groups]
+        values = [self._values(lambda X, of=of: of(X.unsqueeze(-2)), self.pilot.final) for of in aims]  # type: ignore[misc]
         spread = sum(float(v.std()) for v in values) / len(values) or 1.0
 
         def cost(alpha: float) -> float | None:
             found = []
-            for seed, probes in groups:
-                potential, sampler = self._tilt(model, data, replace(plan, alpha=alpha), seed)
-                cond, seeds = self._encode([ask.prompt for ask in probes]), [ask.seed for ask in probes]
+            for own, group in groups:
+                potential, sampler = self._tilt(model, data, replace(plan, alpha=alpha), own)
+                cond, seeds = self._encode([ask.prompt for ask in group]), [ask.seed for ask in group]
                 found.append(cost_of(sampler, self.prior, potential, cond, self.settings.sampler, seeds))
             known = [nats for nats in found if nats is not None]
             return sum(known) / len(known) if known else None

@@ -58,7 +58,14 @@ class Aim(NamedTuple):
 
 
 def aim(
-    name: str, model: Model, data: Observations, *, beta: float, generator: Generator, learn_failures: bool = False
+    name: str,
+    model: Model,
+    data: Observations,
+    *,
+    beta: float,
+    generator: Generator,
+    turn: int = 0,
+    learn_failures: bool = False,
 ) -> Aim:
     """The acquisition called `name` of what is to be maximised, and the probability that all conditions are met.
 
@@ -66,6 +73,7 @@ def aim(
         model: fitted to `data`; of several objectives a `SeveralModel` with one surrogate for each.
         beta: optimism.
         generator: of everything random in the acquisition.
+        turn: of the query whose acquisition it is, in the run.
         learn_failures: whether the probability that a design comes back with an answer counts too.
     """
     chances = []
@@ -85,6 +93,7 @@ def aim(
         X_pending=data.pending if len(data.pending) else None,
         X_baseline=_useful(data),
         generator=generator,
+        turn=turn,
         Y=(data.Y if data.first is None else data.first)[:, maximised(data.objectives)] if data.objectives else None,
         reference=data.reference,
     )

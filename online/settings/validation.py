@@ -12,6 +12,8 @@ import importlib.util
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from tiltopt import rewards, surrogates
 from tiltopt.designs import Pictures, design_type
 from tiltopt.errors import ConfigError
@@ -35,6 +37,7 @@ def validated(settings: Settings) -> Settings:
     _check_design(settings)
     check_sampler(settings.sampler, settings.prior)
     check_tracker(settings.tracker)
+    check_device(settings.device)
     _check_model(settings)
     _check_acquisition(settings)
     _check_search(settings)
@@ -90,6 +93,14 @@ def check_tracker(name: str) -> None:
             f"`tracker`: expected an installed tracker, got {name!r}, whose package is missing. Install it with "
             f"`pip install {packages[0]}`, or set --config.tracker=none."
         )
+
+
+def check_device(name: str) -> None:
+    """Whether there is a device of that name, be it on another machine. Raises ConfigError."""
+    try:
+        torch.device("cpu" if name == "auto" else name)
+    except RuntimeError:
+        raise ConfigError(f'`device`: expected "auto" or a device such as cpu or cuda:0, got {name!r}.') from None
 
 
 def check_path(key: str, value: str, marker: str, what: str) -> None:

@@ -41,8 +41,11 @@ def existing(folder: str | Path) -> Path:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether there is anything of a run in a folder. Raises StoreError where its address cannot be reached."""
-    return any(holds(folder / name) for name in ("config.json", "queries.sqlite", "store.json"))
+    """Whether there is anything of a run in a folder, be it copies of its store alone. Raises StoreError where its
+    address cannot be reached."""
+    if any(holds(folder / name) for name in ("config.json", "queries.sqlite", "store.json")):
+        return True
+    return not at_address(folder) and any(folder.glob("round_*/queries.sqlite"))
 
 
 def folder_there(place: str | Path, what: str, near: str | None = None) -> Path:

@@ -79,7 +79,7 @@ class SeveralEngine(FakeEngine):
         for place, ask in self.team.share(asks):
             wanted = self.settings.acquisition.name
             acquisition, feasible = aim(
-                wanted, model, data, beta=plan.beta, generator=generator(ask.seed, "acquisition")
+                wanted, model, data, beta=plan.beta, generator=generator(self.seed, "acquisition"), turn=ask.number
             )
             images = [to_image(p) for p in points(ask.seed, self.particles)]
             X = torch.stack([squares(image) for image in images]).double()

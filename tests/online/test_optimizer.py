@@ -493,3 +493,20 @@ def test_asking_costs_little_at_a_hundred_thousand_queries(folder: Path) -> None
         asked = time.process_time()
     assert opened - started < 2.0
     assert asked - opened < 2.0
+
+
+def test_a_run_from_python_is_drawn_on_the_device_of_its_settings(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on the command line: "auto" is the accelerator where there is one."""
+    for n, (name, accelerator, device) in enumerate(
+        [("auto", None, "cpu"), ("auto", "cuda", "cuda"), ("cpu", "cuda", "cpu"), ("cuda:1", "cuda", "cuda:1")]
+    ):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda there=accelerator: there is not None)
+        found = None if accelerator is None else torch.device(accelerator)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda found=found: found)
+        with Optimizer.create(folder / str(n), CONFIG | {"device": name}) as opt:
+            assert opt.engine.team.device == torch.device(device)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with Optimizer.open(folder / "3") as opt, pytest.raises(ConfigError, match=r"`device`: .* got 'cuda:1'"):
+        opt.ask(1)

@@ -110,6 +110,7 @@ def test_an_entry_declares_what_its_acquisition_needs_and_nothing_else(
     best = {"beta": (2.0, 8.0), "best_f": (0.2, 0.9), "X_pending": (points[:2, 0], points[3:5, 0])}
     best |= {"X_baseline": (points[10:19, 0], points[:3, 0])}
     best |= {"Y": (torch.eye(2).double(), 5 * torch.eye(2).double())}
+    best |= {"turn": (1, 2)}
     best |= {"reference": (-3 * torch.ones(2).double(), -5 * torch.ones(2).double())}
 
     def value(**given: Any) -> Tensor:

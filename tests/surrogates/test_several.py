@@ -6,13 +6,14 @@ import itertools
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
 from torch import Tensor
 
 from tiltopt.errors import SurrogateError
-from tiltopt.surrogates.acquisition import AUGMENTATION, SMOOTHING, make_acquisition
+from tiltopt.surrogates.acquisition import AUGMENTATION, SMOOTHING, Chebyshev, direction, make_acquisition
 from tiltopt.surrogates.io import load, save
 from tiltopt.surrogates.preference import fit_pairwise
 from tiltopt.surrogates.several import SeveralModel, hypervolume, log_feasible, reference_point
@@ -56,10 +57,9 @@ def test_chebyshev_is_the_distance_in_a_random_direction_and_some_of_the_sum(
     X, Y = data
     reference = torch.tensor([-2.0, -30.0], dtype=torch.float64)
     given = {"beta": 4.0, "Y": Y, "reference": reference}
-    found = make_acquisition("chebyshev", model, **given, generator=generator(5))(X[:6].unsqueeze(-2))
-    normal = torch.randn(2, generator=generator(5), dtype=torch.float64).abs()
+    found = make_acquisition("chebyshev", model, **given, generator=generator(5), turn=3)(X[:6].unsqueeze(-2))
+    w = direction(2, 3, generator(5))
     mean, sd = moments(model, X[:6])
-    w = normal / normal.norm()
 
     def scalar(u: Tensor) -> Tensor:
         shares = (u - reference) / (Y.amax(0) - Y.amin(0))
@@ -70,6 +70,25 @@ def test_chebyshev_is_the_distance_in_a_random_direction_and_some_of_the_sum(
     shares = (Y - reference) / (Y.amax(0) - Y.amin(0))
     assert bool((shares > 0).any()), "on both sides of the reference point"
     assert bool((shares < 0).any()), "on both sides of the reference point"
+
+
+@pytest.mark.parametrize("m", [2, 3, 4])
+def test_directions_are_uniform_and_lie_evenly(m: int) -> None:
+    """Against directions of normal draws: each coordinate's law; and nearer to it than as many random ones could be."""
+    normal = torch.randn(40000, m, generator=generator(), dtype=torch.float64).abs()
+    reference = (normal / normal.norm(dim=1, keepdim=True)).numpy()
+    drawn = torch.stack([direction(m, 0, generator(seed)) for seed in range(800)]).numpy()
+    even = torch.stack([direction(m, turn, generator(1)) for turn in range(60, 100)]).numpy()
+    for i in range(m):
+        assert stats.ks_2samp(drawn[:, i], reference[:, i]).statistic < 1.95 * math.sqrt(1 / 800 + 1 / 40000)
+    usual = 0.87 / math.sqrt(40)  # the mean statistic of as many random ones
+    assert stats.ks_2samp(even[:, 0], reference[:, 0]).statistic < 0.5 * usual
+    assert np.allclose(np.linalg.norm(drawn, axis=1), 1.0)
+    for start in range(12):  # of the queries for one prompt of twelve
+        own = np.sort([direction(2, turn, generator(2))[0].acos() for turn in range(61 + start, 106, 12)])
+        assert own[0] < 0.62 * math.pi / 2
+        assert own[-1] > 0.38 * math.pi / 2
+        assert np.diff(own).max() < 0.6 * math.pi / 2
 
 
 def test_a_smooth_minimum_is_at_most_the_minimum_and_leads_towards_both(
@@ -101,6 +120,20 @@ def test_the_mean_over_random_directions_is_the_hypervolume() -> None:
     draws = math.pi / 4 * (Y[None] / w[:, None]).amin(-1).amax(-1).square()
     error = 4 * float(draws.std()) / math.sqrt(len(draws))
     assert float(draws.mean()) == pytest.approx(hypervolume(Y, torch.zeros(2, dtype=torch.float64)), abs=error)
+
+
+def test_random_directions_find_a_dented_front_of_which_weighted_sums_find_the_ends(model: SeveralModel) -> None:
+    angle = torch.linspace(0, math.pi / 2, 1001, dtype=torch.float64)
+    Y = torch.stack([angle.cos() ** 3, angle.sin() ** 3], 1)  # between its ends below the line that joins them
+    reference, width = torch.full((2,), -0.1, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    normal = torch.randn(60, 2, generator=generator(), dtype=torch.float64).abs()
+    found, sums = [], []
+    for w in normal / normal.norm(dim=1, keepdim=True):
+        found.append(int(Chebyshev(model, 0.0, w, reference, width, Y)._scalar(Y).argmax()))
+        sums.append(int((Y * w).sum(1).argmax()))
+    whole = hypervolume(Y, reference)
+    assert hypervolume(Y[found], reference) > 0.95 * whole
+    assert hypervolume(Y[sums], reference) < 0.6 * whole
 
 
 def test_the_expected_gain_of_hypervolume_against_joint_draws(model: SeveralModel, data: tuple[Tensor, Tensor]) -> None:

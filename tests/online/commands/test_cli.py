@@ -244,12 +244,16 @@ def test_a_damaged_store_is_named(half, capsys):
     assert "Traceback" not in error
 
 
-def test_a_damaged_store_is_recovered_when_asked(finished, tmp_path, capsys, monkeypatch):
-
+@pytest.mark.parametrize("left", ["a damaged store", "nothing but the rounds' copies"])
+def test_a_damaged_store_is_recovered_when_asked(finished, tmp_path, capsys, monkeypatch, left):
     folder = shutil.copytree(finished[0], tmp_path / "toy")
-    (folder / "queries.sqlite").write_bytes(b"SQLite format 3\0" + b"x" * 5000)
-    for extra in folder.glob("queries.sqlite-*"):
+    for extra in [*folder.glob("queries.sqlite*"), folder / "config.json"]:
         extra.unlink()
+    if left == "a damaged store":
+        shutil.copy(finished[0] / "config.json", folder)
+        (folder / "queries.sqlite").write_bytes(b"SQLite format 3\0" + b"x" * 5000)
+    assert cli.main(["status", str(folder)]) == 1
+    assert "--recover" in capsys.readouterr().err
     carried_on = []
     monkeypatch.setattr(run, "_carry_on", lambda optimizer, *times: carried_on.append(optimizer.folder) or 0)
     assert cli.main(["resume", str(folder), "--recover"]) == 0

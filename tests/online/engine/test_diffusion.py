@@ -283,7 +283,7 @@ def test_failures_weigh_on_what_is_sampled_when_asked(settings: Settings, first:
     for careful in (False, True):
         changed = replace(settings, acquisition=replace(settings.acquisition, feasibility=careful))
         engine = DiffusionEngine(changed)
-        potential, _ = engine._tilt(engine.fit(data, 1), data, Plan(alpha=0.5, beta=1.0), seed=0)
+        potential, _ = engine._tilt(engine.fit(data, 1), data, Plan(alpha=0.5, beta=1.0))
         values[careful] = potential(designs, cond)
         assert len(engine.draw(engine.fit(data, 1), data, asks(settings, 1, 2), Plan(alpha=0.5, beta=1.0))) == 2
     seen = torch.stack([d.features for d in failed + kept]).double()
@@ -336,7 +336,7 @@ def test_the_first_price_is_that_of_the_queries_own_directions(
     assert alpha is not None
     drawn = engine.draw(model, data, batch, replace(plan, alpha=alpha))
     assert [seed for _, seed in tried] == [ask.seed for ask in batch[:2]], "their mean is the budget: found at once"
-    own = [engine._tilt(model, data, Plan(alpha, 1.0), ask.seed)[0].acquisition.inner.weights for ask in batch[:2]]
+    own = [engine._tilt(model, data, Plan(alpha, 1.0), ask)[0].acquisition.inner.weights for ask in batch[:2]]
     assert [weights for weights, _ in tried] == [tuple(weights.tolist()) for weights in own]
     assert len({weights for weights, _ in tried}) == 2
     assert {d.alpha for d in drawn} == {alpha}

@@ -56,6 +56,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"prompts": "nothing.txt"}, "`prompts`"),
     ({"surrogate": "checkpoints/demo/round_003"}, "`surrogate` is called `evaluate.surrogate` now"),
     ({"job": "direct"}, "`job`"),
+    ({"device": "cudaa"}, "`device`: expected .auto. or a device"),
     ({"batch_size": 10_001}, "`batch_size`"),
     ({"initial_batch_size": 10_001}, "`initial_batch_size`"),
     ({"prompts": ["a \ud83d cat"]}, "`prompts`: .* half of a surrogate pair"),
