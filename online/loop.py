@@ -29,7 +29,7 @@ from tiltopt.online.settings.validation import reference_samples
 from tiltopt.online.signals import terminated_as_interrupted
 from tiltopt.online.store.rows import REFERENCE
 from tiltopt.online.store.run_folder import is_shared
-from tiltopt.online.team import Kept, on_main, with_peers
+from tiltopt.online.team import Kept, on_main
 from tiltopt.rewards.base import BlackBox
 
 Measure = Callable[[Optimizer, int], Mapping[str, Any]]
@@ -170,7 +170,7 @@ def _ask_reference(optimizer: Optimizer, told: Hook) -> None:
     engine, folder = optimizer.engine, optimizer.folder
     job = on_main(optimizer.team, lambda: rounds.prepare_reference(optimizer.store, optimizer.settings))
     if job is not None:
-        drawn, _ = with_peers(optimizer.team, lambda: rounds.draw(engine, job, None, told.on_progress))
+        drawn, _ = rounds.draw(engine, job, None, told.on_progress)
         kind = design_type(optimizer.settings.design)
         on_main(optimizer.team, lambda: rounds.commit(optimizer.store, engine, folder, kind, job, drawn, None, started))
 

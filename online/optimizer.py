@@ -47,7 +47,7 @@ from tiltopt.online.settings.source import ASK_TELL, Source, how_to_go_on, presu
 from tiltopt.online.store import backup, files, run_folder
 from tiltopt.online.store.rows import origin_of
 from tiltopt.online.store.store import Store
-from tiltopt.online.team import Kept, Team, device_of, on_main, with_peers
+from tiltopt.online.team import Kept, Team, device_of, on_main
 
 if TYPE_CHECKING:
     from tiltopt.online.engine.diffusion import DiffusionEngine
@@ -260,7 +260,7 @@ class Optimizer:
 
         with self._one_asks:  # of several threads the second waits, and asks the round after
             job, fitted = on_main(self.team, prepare)
-            drawn, model = with_peers(self.team, lambda: rounds.draw(self.engine, job, fitted.or_none, on_progress))
+            drawn, model = rounds.draw(self.engine, job, fitted.or_none, on_progress)
             on_main(self.team, commit)
         return Queries(
             Query(

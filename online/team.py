@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -25,7 +25,8 @@ T = TypeVar("T")
 class Team:
     """`size` processes that run the same program; rank 0 alone writes.
 
-    Every method is collective: all ranks must call it in the same order.
+    Every method is collective: all ranks must call it in the same order. Those that exchange anything raise
+    `PeerError` when the connection to another process breaks.
     """
 
     rank: int = 0
@@ -71,7 +72,8 @@ class Team:
         if self.size == 1:
             return value  # type: ignore[return-value]
         box: list[Any] = [value if self.is_main else None]
-        dist.broadcast_object_list(box, src=0)
+        with self._exchange():
+            dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def collect(self, mine: Sequence[tuple[int, T]], total: int) -> list[T]:
@@ -80,7 +82,8 @@ class Team:
             parts: list[Any] = [list(mine)]
         else:
             parts = [None] * self.size
-            dist.all_gather_object(parts, list(mine))
+            with self._exchange():
+                dist.all_gather_object(parts, list(mine))
         placed = {position: item for part in parts for position, item in part}
         if sorted(placed) != list(range(total)):
             missing = sorted(set(range(total)) - set(placed))
@@ -90,7 +93,19 @@ class Team:
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.size > 1:
-            dist.barrier()
+            with self._exchange():
+                dist.barrier()
+
+    @contextlib.contextmanager
+    def _exchange(self) -> Iterator[None]:
+        """Around what all processes do together: what breaks there is the connection to one of them."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise PeerError(
+                f"rank {self.rank} lost another process of the run ({_first_line(error)}). Nothing "
+                "answered is lost: see that process's output, then resume the run."
+            ) from error
 
     def leave(self) -> None:
         """End the exchange between the processes, when all is done. Collective; nothing of this team works after it.
@@ -153,7 +168,8 @@ def on_main(team: Team, action: Callable[[], T]) -> T:
     """Rank 0's `action()`, on every rank. Collective.
 
     Raises:
-        PeerError: on the other ranks, when `action` raised on rank 0 (where the error itself is raised).
+        PeerError: on the other ranks, when `action` raised on rank 0 (where the error itself is raised); on any, when
+            the connection to another broke.
     """
     if team.size == 1:
         return action()
@@ -164,33 +180,15 @@ def on_main(team: Team, action: Callable[[], T]) -> T:
             with contextlib.suppress(RuntimeError):  # the others may be gone; the error itself is what matters
                 team.broadcast(("error", f"{type(error).__name__}: {error}"))
             raise
-        with_peers(team, lambda: team.broadcast(("ok", result)))
+        team.broadcast(("ok", result))
         return result
-    told: tuple[str, Any] = with_peers(team, lambda: team.broadcast(None))
+    told: tuple[str, Any] = team.broadcast(None)  # type: ignore[arg-type]  # of rank 0
     status, value = told
     if status == "error":
         raise PeerError(f"rank 0 stopped: {value}")
     return value
 
 
-def with_peers(team: Team, collective: Callable[[], T]) -> T:
-    """`collective()`, with the loss of another process told in words.
-
-    Raises:
-        PeerError: the connection to another process broke.
-    """
-    if team.size == 1:
-        return collective()
-    try:
-        return collective()
-    except RuntimeError as error:
-        text = str(error).splitlines()[0] if str(error) else ""
-        if isinstance(error, TiltoptError) or not any(word in text.lower() for word in _LOST):
-            raise
-        raise PeerError(
-            f"rank {team.rank} lost another process of the run ({text[:200]}). Nothing answered is lost: see that "
-            "process's output, then resume the run."
-        ) from error
-
-
-_LOST = ("connection closed", "connection reset", "connect", "gloo", "nccl", "timed out", "broken pipe", "store")
+def _first_line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -157,20 +157,23 @@ class DiffusionEngine:
         if self.kind is IMAGES:
             self.encoder  # noqa: B018  where designs are no pictures, this says so
         check_noise(make_loop_sampler(self.settings.sampler), self.prior)
-        if self.settings.prior.memory != "auto" or self._settled:
+        if self._settled:
             return
-        chosen = memory.settle(self._folder, self.team, self.prior, **self.what_is_tried())
-        self.settings, self._settled = replace(self.settings, micro_batch=chosen.micro_batch), True
-        self._rows = RowLimit(chosen.micro_batch)
+        if self.settings.prior.memory == "auto":
+            chosen = memory.settle(self._folder, self.team, self.prior, **self.what_is_tried())
+            self.settings = replace(self.settings, micro_batch=chosen.micro_batch)
+            self._rows.size = chosen.micro_batch
+        memory.recall(self._folder, self.team, self._rows)
+        self._settled = True
 
     def draw_plain(self, asks: Sequence[Ask], on_step: OnStep | None = None) -> list[Drawn]:
         """Plain samples of the prior. Round 0 also lays down the pilot for later rounds."""
         self._settle()
         first = bool(asks) and asks[0].round == 0 and asks[0].index == 0
         keeps_pilot = first and self.team.broadcast(self.team.is_main and FeaturePilot.load(self._folder) is None)
-        if keeps_pilot:
-            return self._draw_pilot(asks, on_step)
-        return self._plain(asks, on_step)
+        drawn = self._draw_pilot(asks, on_step) if keeps_pilot else self._plain(asks, on_step)
+        memory.keep(self._folder, self.team, self._rows, self.settings.micro_batch)
+        return drawn
 
     def draw(
         self, model: Model, data: Observations, asks: Sequence[Ask], plan: Plan, on_step: OnStep | None = None
@@ -188,6 +191,7 @@ class DiffusionEngine:
             potential, sampler = shared or self._tilt(model, data, plan, group[0][1])
             drawn = self._sample(group, sampler, potential, self.settings.sampler.num_particles, tick)
             out += self._finish(group, *drawn, model, potential)
+        memory.keep(self._folder, self.team, self._rows, self.settings.micro_batch)
         return self.team.collect(out, len(asks))
 
     def _sample(

@@ -20,11 +20,12 @@ from torch import Tensor
 from tiltopt.errors import PriorError
 from tiltopt.online.store.files import read_json, write_json
 from tiltopt.online.team import Team, on_main
-from tiltopt.samplers.micro_batch import is_out_of_memory
+from tiltopt.samplers.micro_batch import RowLimit, is_out_of_memory
 from tiltopt.samplers.work import Backward, peak_bytes
 from tiltopt.types import Conditioning
 
 FILE = "memory.json"
+ROWS = "rows.json"
 SHARE = 0.8
 """Of the free memory that is used; the rest is for fragments and what grows."""
 MOST_ROWS = 64
@@ -54,6 +55,20 @@ class Choice:
         if self.gradient_checkpointing:
             levers.append("gradient checkpointing")
         return f"{', '.join(levers)} ({_gib(self.row_bytes)} a row, {_gib(self.free_bytes)} free)"
+
+
+def recall(folder: Path, team: Team, rows: RowLimit) -> None:
+    """Start with what fitted, if an earlier process of the run in `folder` had to take fewer rows. Collective."""
+    known = on_main(team, lambda: read_json(folder / ROWS, {}))
+    if rows.size is not None and known.get("tried") == rows.size:
+        rows.size = min(rows.size, known["fitted"])
+
+
+def keep(folder: Path, team: Team, rows: RowLimit, tried: int) -> None:
+    """Keep for later processes what fitted where `tried` rows did not; the least of all ranks. Collective."""
+    rows.size = min(team.collect([(team.rank, rows.size or tried)], team.size))
+    if team.is_main and rows.size < tried:
+        write_json(folder / ROWS, {"tried": tried, "fitted": rows.size})
 
 
 def settle(

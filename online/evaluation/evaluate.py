@@ -42,7 +42,7 @@ from tiltopt.online.settings.run import NEWEST, AcquisitionSettings, Settings
 from tiltopt.online.settings.source import Source
 from tiltopt.online.signals import terminated_as_interrupted
 from tiltopt.online.store import files, run_folder
-from tiltopt.online.team import Kept, on_main, with_peers
+from tiltopt.online.team import Kept, on_main
 from tiltopt.rewards.base import BlackBox
 from tiltopt.rewards.composition import Composition
 from tiltopt.surrogates import io
@@ -221,7 +221,7 @@ def evaluation_round(settings: Settings, round_: int) -> rounds.Job:
 def _draw(run: Optimizer, model: Model, round_: int, hooks: Hook) -> None:
     """Draw and store a round, with the surrogate's prediction of every picture. Collective."""
     started, job = time.monotonic(), evaluation_round(run.settings, round_)
-    drawn, _ = with_peers(run.team, lambda: rounds.draw(run.engine, job, model, hooks.on_progress))
+    drawn, _ = rounds.draw(run.engine, job, model, hooks.on_progress)
     predicted = _predicted(model, drawn)
     kind = design_type(run.settings.design)
     on_main(run.team, lambda: rounds.commit(run.store, run.engine, run.folder, kind, job, predicted, None, started))

@@ -429,5 +429,15 @@ def test_memory_that_runs_out_in_the_decoder_costs_no_round(
     assert all(close(a, b) for a, b in zip(plain, first, strict=True))
     data = data_of(plain)
     tried.clear()
-    engine.draw(engine.fit(data, 1), data, asks(settings, 1, 3), Plan(alpha=0.5, beta=1.0))
+    model = engine.fit(data, 1)
+    engine.draw(model, data, asks(settings, 1, 3), Plan(alpha=0.5, beta=1.0))
     assert max(tried) == 2
+    later = DiffusionEngine(engine.settings)  # another process of the same run
+    later.prior.decode = later.prior.guidance_decode = small  # type: ignore[method-assign]
+    tried.clear()
+    later.draw(model, data, asks(settings, 1, 3), Plan(alpha=0.5, beta=1.0))
+    assert max(tried) == 2
+    larger = DiffusionEngine(replace(engine.settings, micro_batch=3))  # who asks for another number gets it
+    larger.prior.decode = larger.prior.guidance_decode = small  # type: ignore[method-assign]
+    with pytest.warns(ResourceWarning, match="with 3 rows"):
+        larger.draw(model, data, asks(settings, 1, 3), Plan(alpha=0.5, beta=1.0))
