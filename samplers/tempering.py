@@ -122,10 +122,11 @@ def usable_scale(u_final: Tensor, goal: float | None = None) -> float:
 
     Args:
         u_final: (M,), nats.
-        goal: chains; None: max(8, M / 16).
+        goal: chains; None: max(8, M / 16), but no more than M / 2: all of them show equal weights alone, from which
+            rounding would choose kappa.
     """
     num_chains = len(u_final)
-    goal = min(max(8.0, num_chains / 16) if goal is None else goal, float(num_chains))
+    goal = min(max(8.0, num_chains / 16), num_chains / 2) if goal is None else min(goal, float(num_chains))
     u = u_final.unsqueeze(0)
     return float(scale_for_ess(torch.zeros_like(u), u, goal, u.new_zeros(1), 50))
 

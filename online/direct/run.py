@@ -104,7 +104,7 @@ def check(settings: DirectSettings) -> None:
     if not settings.reward.name:
         raise ConfigError("`reward.name`: expected the reward to sample for, got none; see docs/rewards.md.")
     rewards.validate(settings.reward.name, settings.reward.options)
-    check_path("prior.path", settings.prior.path, "model_index.json", "a StableDiffusionPipeline folder")
+    check_path("prior.path", settings.prior.path, "model_index.json", "the folder of a pipeline")
     if settings.reward.options.get("standardise"):
         raise ConfigError(
             "`reward.standardise` needs round 0 of a run, and direct sampling has none; weigh the parts in their own "

@@ -42,7 +42,7 @@ def validated(settings: Settings) -> Settings:
     _check_acquisition(settings)
     _check_search(settings)
     if not settings.prior.fingerprint:
-        check_path("prior.path", settings.prior.path, "model_index.json", "a StableDiffusionPipeline folder")
+        check_path("prior.path", settings.prior.path, "model_index.json", "the folder of a pipeline")
     check_path("features.path", settings.features.path, "config.json", "a CLIPModel folder")
     _check_reward(settings)
     if settings.evaluate.surrogate:

@@ -275,3 +275,18 @@ def test_pilot_refuses_nan() -> None:
         DAS().sample(
             linear_gaussian(), lambda x, c: x[:, 0] * math.nan, prompts(1), num_particles=2, generators=generators(1)
         )
+
+
+@pytest.mark.parametrize("num_chains", [8, 12, 64])
+def test_rounding_does_not_choose_kappa(num_chains: int) -> None:
+    """Networks that see other rows at once answer with other last bits."""
+    g = torch.Generator().manual_seed(0)
+    final = 3 * torch.randn(num_chains, generator=g, dtype=torch.float64)
+    noise = torch.randn(6, num_chains, generator=g, dtype=torch.float64)
+    c = torch.linspace(1, 0.05, 6, dtype=torch.float64)
+    u = final + 4 * c[:, None] * noise
+    found = {
+        calibrate(u * (1 + 1e-7 * torch.randn(u.shape, generator=g, dtype=torch.float64)), final, c) for _ in range(20)
+    }
+    assert len(found) == 1
+    assert found != {0.0}
