@@ -65,7 +65,8 @@ def test_a_release_has_one_version() -> None:
 @pytest.mark.parametrize("target", ["demo", "smoke"])
 def test_the_demo_is_started_without_a_launcher(target: str) -> None:
     """On Ctrl+C accelerate's launcher prints a traceback of its own below the run's message."""
-    done = subprocess.run(["make", "-n", target, "ARGS=--more"], cwd=ROOT, capture_output=True, text=True, check=True)
+    asked = ["make", "-n", "--no-print-directory", target, "ARGS=--more"]  # the tests may be run by a make themselves
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True)
     told = done.stdout.splitlines()[-1]
     assert re.fullmatch(rf"\S+/python online/main.py --config config/ucb.py:{target} --more", told)
 
