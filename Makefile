@@ -44,7 +44,7 @@ test-fast: $(STAMP)
 	$(TEST) -m "not slow" $(ARGS)
 
 # the oldest releases that setup.py allows of the libraries whose interfaces move, on the pinned torch: in front of .venv,
-# which has the rest. What runs: every part loads whole, chains are the pipelines', surrogates, features, places, a run
+# which has the rest (an extra may ask for more; the first bound of a name counts). What runs: every part loads whole, chains are the pipelines', surrogates, features, places, a run
 OLDEST := .venv-oldest
 BOUNDS := 's/.*"(transformers|diffusers|accelerate|botorch|gpytorch|peft|universal_pathlib)>=([0-9.]+)".*/\1==\2/p'
 PRIORS := tests/samplers/test_diffusers_prior.py
@@ -58,7 +58,7 @@ $(OLDEST)/.installed: $(STAMP)
 	$(BIN)/python -c 'import site; print("import site; site.addsitedir(%r)" % site.getsitepackages()[0])' \
 		> "$$($(OLDEST)/bin/python -c 'import site; print(site.getsitepackages()[0])')/rest.pth"
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check \
-		"$$(grep '^torch==' constraints.txt)" $$(sed -nE $(BOUNDS) setup.py | sort -u)
+		"$$(grep '^torch==' constraints.txt)" $$(sed -nE $(BOUNDS) setup.py | sort -u -t= -k1,1)
 	touch $@
 
 test-oldest: $(OLDEST)/.installed
